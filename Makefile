@@ -1,0 +1,50 @@
+# Every target makes its own virtual environment; a stamp file makes the second run quick.
+VENV ?= .venv
+PYTHON ?= python3
+OUTPUT ?= out/demo
+
+BIN := $(VENV)/bin
+# The editable install is redone when one of these changes: what is installed, or what is compiled.
+SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help install demo test lint bench gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*##/\t/'
+
+install: $(VENV)/.dev  ## everything for development, editable, in $(VENV)
+
+demo: $(VENV)/.demo  ## play the shipped checkpoint at several budgets and write out/demo/report.html
+	$(BIN)/flexlam-fast demo --output $(OUTPUT)
+
+test: $(VENV)/.dev  ## the tests, then lint
+	$(BIN)/python -m pytest -q
+	@$(MAKE) --no-print-directory lint
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## the benchmarks on this machine
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+gpu:  ## everything a GPU machine can say, with the Python that is there and no network
+	PYTHON="$(PYTHON)" bash bench/gpu.sh
+
+clean:  ## remove what was built, not the environment
+	rm -rf build dist out *.egg-info flexlam_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	@echo "installing into $(VENV): the first time this downloads PyTorch and takes minutes"
+	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	@echo "installing into $(VENV): the first time this downloads PyTorch and takes minutes"
+	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``flexlam_fast.kernels``; this version has none."""

@@ -1,0 +1,24 @@
+"""What every test shares: a seed, one hypothesis profile, and the skip of GPU tests where there is no GPU."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomised: a change that passes here passes on the next machine too.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
