@@ -1,0 +1,60 @@
+"""Encoder: a transition of two frames becomes K slot outputs (paper Table 6, design section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.layers import MLP, Attention, init_linear, patchify, sincos_grid
+
+CHANGE_GAIN = 4.0  # frames change by about a quarter of their own spread (0.1 against 0.45 rms in ViZDoom)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, width // heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, W]`` to ``[B, N, W]``."""
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Encoder(nn.Module):
+    """ViT over the tubelet patches of ``(o_t, o_{t+1})`` and ``K`` learned slot queries.
+
+    A tubelet patch is the same square of both frames, given as ``o_t`` and the change to ``o_{t+1}``: the same linear
+    maps as of the two frames, but the change, which the code is about, starts as loud as the scene, which it is not
+    about. Only the slot outputs leave the module, through one linear to the ``d`` channels of FSQ.
+    """
+
+    def __init__(self, cfg: FlexLAMConfig) -> None:
+        super().__init__()
+        enc = cfg.encoder
+        self.patch = enc.patch
+        self.slots = cfg.bottleneck.slots
+        self.embed = nn.Linear(enc.tubelet * cfg.channels * enc.patch**2, enc.width)
+        self.position = nn.Parameter(sincos_grid(cfg.frame // enc.patch, enc.width))
+        self.queries = nn.Parameter(torch.randn(self.slots, enc.width) * 0.5)
+        self.blocks = nn.ModuleList(EncoderBlock(enc.width, enc.heads, enc.mlp_ratio) for _ in range(enc.depth))
+        self.norm = nn.LayerNorm(enc.width)
+        self.project = nn.Linear(enc.width, cfg.bottleneck.dim)
+        self.apply(init_linear)
+
+    def forward(self, now: Tensor, following: Tensor) -> Tensor:
+        """Pixels ``o_t``, ``o_{t+1}`` ``[B, C, H, W]`` in ``[-1, 1]`` to slot outputs ``[B, K, d]`` before FSQ."""
+        tubelets = torch.cat([patchify(now, self.patch), CHANGE_GAIN * patchify(following - now, self.patch)], dim=-1)
+        x = self.embed(tubelets.to(self.embed.weight.dtype)) + self.position
+        x = torch.cat([self.queries.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.project(self.norm(x[:, : self.slots]))
+        return out

@@ -1,0 +1,129 @@
+"""Latent action model: encoder, bottleneck and decoder together (paper sections 3, 4.1; design section 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexlam_fast.bottleneck import Bottleneck
+from flexlam_fast.checks import check_budget, check_tensor, describe
+from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.decoder import Decoder
+from flexlam_fast.encoder import Encoder
+from flexlam_fast.errors import InputError
+from flexlam_fast.flow import euler, interpolate, velocity_of
+from flexlam_fast.layers import as_pixels, to_uint8
+from flexlam_fast.ops.fsq import check_prefix
+
+
+class LamLoss(NamedTuple):
+    """``loss`` scalar, what is minimised; ``flow`` scalar, its rectified-flow part; ``codes`` int32 ``[B, K]``."""
+
+    loss: Tensor
+    flow: Tensor
+    codes: Tensor
+
+
+class LatentActionModel(nn.Module):
+    """What turns a transition into codes, codes into latents, and latents into the next frame.
+
+    Frames are uint8 ``[B, H, W, C]`` or fp32 pixels ``[B, C, H, W]`` in ``[-1, 1]`` everywhere.
+    """
+
+    def __init__(self, cfg: FlexLAMConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.bottleneck = Bottleneck(cfg.bottleneck, backend)
+        self.decoder = Decoder(cfg)
+
+    def pixels(self, name: str, frames: Tensor) -> Tensor:
+        """Frames in either accepted form to fp32 pixels, or one sentence."""
+        return as_pixels(name, frames, self.cfg.frame, self.cfg.channels)
+
+    @torch.no_grad()
+    def encode(self, o_t: Tensor, o_next: Tensor) -> Tensor:
+        """Codes int32 ``[B, K]`` of the transitions ``(o_t, o_next)``: complete blocks, whatever the budget.
+
+        Raises:
+            InputError: frames of another shape or dtype, or with NaN.
+        """
+        now, following = self.pixels("o_t", o_t), self.pixels("o_next", o_next)
+        check_tensor("o_next in pixels", following, list(now.shape), following.dtype)
+        return self.bottleneck(self.encoder(now, following)).codes
+
+    def latents(self, codes: Tensor, k: int | Tensor) -> Tensor:
+        """Null-filled latents fp32 ``[B, K, d]`` of the first ``k`` codes.
+
+        Args:
+            codes: integers ``[B, n]`` with ``k <= n <= K``; what stands at or beyond ``k`` does not matter.
+            k: one budget for all, or ``[B]`` integers, within ``0..n``.
+
+        Raises:
+            BudgetError: one ``k`` outside ``0..K``, or more than there are codes.
+            InputError: wrong shape or dtype, ``k [B]`` out of range, or a retained code outside ``[0, C)``.
+        """
+        check_tensor("codes", codes, ["B", "n"], (torch.int32, torch.int64))
+        batch, given, slots = *codes.shape, self.cfg.bottleneck.slots
+        if given > slots:
+            raise InputError(f"codes: expected at most {slots} per block, got {describe(codes)}")
+        if not isinstance(k, Tensor):
+            k = torch.full((batch,), check_budget("k", k, 0, given), device=codes.device)
+        check_prefix(k, self.bottleneck.null, codes.shape[:1], given, self.cfg.bottleneck.dim, codes.device)
+        full = codes.new_zeros((batch, slots))
+        full[:, :given] = codes
+        return self.bottleneck.lookup(full, k)
+
+    @torch.no_grad()
+    def decode(
+        self, o_t: Tensor, latents: Tensor, steps: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample the next frame, uint8 ``[B, H, W, C]``, by Euler steps of the flow from noise.
+
+        Args:
+            o_t: the present frames.
+            latents: ``[B, K, d]`` fp32 from :meth:`latents`.
+            steps: Euler steps; None takes the configuration's.
+            generator: draws the noise; None takes torch's own.
+
+        Raises:
+            InputError: wrong shape or dtype, or fewer than one step.
+        """
+        now = self.pixels("o_t", o_t)
+        steps = check_budget("steps", self.cfg.decoder.steps if steps is None else steps, 1, 100_000)
+        shape = [now.shape[0], self.cfg.bottleneck.slots, self.cfg.bottleneck.dim]
+        check_tensor("latents", latents, shape, torch.float32)
+        noise = torch.randn(now.shape, generator=generator, device=now.device)
+        return to_uint8(euler(lambda x, tau: self.velocity(x, tau, now, latents), noise, steps))
+
+    def velocity(self, x: Tensor, tau: Tensor, now: Tensor, latents: Tensor) -> Tensor:
+        """The flow's velocity ``[B, C, H, W]`` fp32 at ``x`` and time ``tau [B]``, whatever the decoder predicts."""
+        out: Tensor = self.decoder(x, tau, now, latents)
+        if self.cfg.decoder.predict == "frame":
+            return velocity_of(now.float() + out, x.float(), tau)
+        return out
+
+    def loss(self, now: Tensor, following: Tensor, keep: Tensor, noise: Tensor, tau: Tensor) -> LamLoss:
+        """Rectified-flow loss of a batch (paper A.5) with everything random given by the caller.
+
+        Args:
+            now: pixels of ``o_t``, ``[B, C, H, W]``.
+            following: pixels of ``o_{t+1}``, ``[B, C, H, W]``.
+            keep: retained prefix lengths int64 ``[B]``.
+            noise: standard normal, ``[B, C, H, W]``.
+            tau: flow times ``[B]``.
+        """
+        z = self.encoder(now, following)
+        quantized = self.bottleneck(z, keep)
+        sample = interpolate(following, noise, tau)
+        velocity = self.velocity(sample.x, sample.tau, now, quantized.latents)
+        flow = (velocity - sample.target).square().mean()
+        spread = self.cfg.bottleneck.spread
+        return LamLoss(flow + spread * spread_loss(z) if spread else flow, flow, quantized.codes)
+
+
+def spread_loss(z: Tensor) -> Tensor:
+    """How far the standard deviation over the batch of every channel of ``z [B, K, d]`` stays below 1, on average."""
+    return (1 - (z.float().var(0, unbiased=False) + 1e-6).sqrt()).clamp_min(0).mean()

@@ -1,0 +1,124 @@
+"""Modules and tensor rearrangements that several stages share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexlam_fast.checks import check_finite, check_tensor
+from flexlam_fast.errors import InputError
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """uint8 frames ``[..., H, W, C]`` to fp32 pixels ``[..., C, H, W]`` in ``[-1, 1]`` (``uint8 / 127.5 - 1``)."""
+    return frames.movedim(-1, -3).float() / 127.5 - 1.0
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """fp32 pixels ``[..., C, H, W]`` to uint8 frames ``[..., H, W, C]``; the inverse of :func:`normalise`."""
+    return ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def as_pixels(name: str, frames: Tensor, size: int, channels: int) -> Tensor:
+    """Accept frames as uint8 ``[B, H, W, C]`` or as fp32 pixels ``[B, C, H, W]``; return the latter.
+
+    Raises:
+        InputError: another shape or dtype, or pixels that are not finite.
+    """
+    if isinstance(frames, Tensor) and frames.is_floating_point():
+        check_tensor(name, frames, ["B", channels, size, size], (torch.float32, torch.bfloat16, torch.float16))
+        check_finite(name, frames)
+        return frames
+    try:
+        check_tensor(name, frames, ["B", size, size, channels], torch.uint8)
+    except InputError as error:
+        hint = f" (or [B,{channels},{size},{size}] float pixels in [-1,1])"
+        raise InputError(str(error).replace(" uint8,", f" uint8{hint},")) from None
+    return normalise(frames)
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """``[B, C, H, W]`` to patches ``[B, H/p * W/p, C * p * p]``, row by row."""
+    b, c, h, w = pixels.shape
+    x = pixels.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def unpatchify(patches: Tensor, patch: int, channels: int, size: int) -> Tensor:
+    """``[B, N, C * p * p]`` to ``[B, C, size, size]``; the inverse of :func:`patchify`."""
+    side = size // patch
+    x = patches.reshape(patches.shape[0], side, side, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], channels, size, size)
+
+
+def sincos_grid(side: int, width: int) -> Tensor:
+    """Sine-cosine embedding ``[side * side, width]`` of a square grid, half the channels for each axis."""
+    quarter = width // 4
+    frequency = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)
+    grid = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
+    return F.pad(grid, (0, width - grid.shape[1])).float()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention over ``[B, heads, N, D]``, scaled by ``1 / sqrt(D)``.
+
+    On a CPU in bf16 the backward of torch's fused attention is slow on short rows (80 tokens: 38 ms fused, 6 ms as two
+    matrix products, on two cores), so training takes the products there.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 256:
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Full multi-head self-attention with one fused query-key-value projection."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, W]`` to ``[B, N, W]``."""
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = attend(q, k, v)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, -1))
+        return out
+
+
+class MLP(nn.Module):
+    """Two linears with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., W]`` to ``[..., W]``."""
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
+
+
+def time_features(time: Tensor, width: int) -> Tensor:
+    """Sinusoidal features ``[B, width]`` of flow times ``[B]`` in ``[0, 1]``."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
+    angle = 1000.0 * time.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer, as ViT and DiT do."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
