@@ -1,0 +1,1 @@
+"""The sequence model: its layout, its parameters, its cache, and the loop that generates a code block."""

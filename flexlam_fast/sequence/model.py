@@ -1,0 +1,223 @@
+"""Sequence model: a Qwen3-style causal transformer that predicts code blocks (paper B.4, Table 8; design section 2)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexlam_fast.checks import check_budget, check_tensor
+from flexlam_fast.config import FlexLAMConfig, SequenceConfig
+from flexlam_fast.errors import InputError
+from flexlam_fast.layers import patchify
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines ``[B or 1, 1, N, D]`` of one set of positions, fp32 (fp64 for an fp64 model)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class KeyValueStore(Protocol):
+    """Where attention puts new keys and values, and finds all those it may attend to."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep ``k``, ``v`` ``[B, kv_heads, N, D]`` of a layer; return all of its keys and values."""
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What norms and angles of a ``dtype`` model are computed in; fp64 stays, so that it can be an exact reference."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32) -> Rotation:
+    """Angles of integer ``positions [B, N]`` or ``[N]``, exact at any position; ``dtype`` is the result's.
+
+    They are formed in fp64 and reduced by whole turns before rounding: in fp32 the angle of position 10^8 would be
+    wrong by several radians.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angle = positions.double().unsqueeze(-1) * theta**-exponent
+    angle = torch.cat([angle, angle], dim=-1)
+    if angle.dim() == 2:
+        angle = angle.unsqueeze(0)
+    return Rotation(angle.cos().to(dtype).unsqueeze(1), angle.sin().to(dtype).unsqueeze(1))
+
+
+def rotate(x: Tensor, r: Rotation) -> Tensor:
+    """Apply RoPE to ``x [B, heads, N, D]``, pairing channel ``i`` with ``i + D/2``; fp32 inside, ``x``'s dtype out."""
+    y = x.to(at_least_fp32(x.dtype))
+    first, second = y.chunk(2, dim=-1)
+    return (y * r.cos + torch.cat([-second, first], dim=-1) * r.sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, fp32 inside."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., W]`` to ``[..., W]``."""
+        y = x.to(at_least_fp32(x.dtype))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class SequenceBlock(nn.Module):
+    """Pre-norm decoder block: grouped-query attention with QK-norm and RoPE, then SwiGLU; no biases."""
+
+    def __init__(self, cfg: SequenceConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.norm1 = RMSNorm(cfg.hidden, cfg.rms_eps)
+        self.q = nn.Linear(cfg.hidden, cfg.heads * cfg.head_dim, bias=False)
+        self.k = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.v = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.out = nn.Linear(cfg.heads * cfg.head_dim, cfg.hidden, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_eps)
+        self.norm2 = RMSNorm(cfg.hidden, cfg.rms_eps)
+        self.gate = nn.Linear(cfg.hidden, cfg.intermediate, bias=False)
+        self.up = nn.Linear(cfg.hidden, cfg.intermediate, bias=False)
+        self.down = nn.Linear(cfg.intermediate, cfg.hidden, bias=False)
+
+    def forward(self, x: Tensor, r: Rotation, mask: Tensor | None, layer: int, store: KeyValueStore | None) -> Tensor:
+        """``x [B, N, hidden]``; ``mask`` bool, broadcast to ``[B, heads, N, keys]``; None is plain causal."""
+        x = x + self.attend(self.norm1(x), r, mask, layer, store)
+        y = self.norm2(x)
+        out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
+
+    def attend(self, y: Tensor, r: Rotation, mask: Tensor | None, layer: int, store: KeyValueStore | None) -> Tensor:
+        """Attention of normed ``y`` over its own keys and those in ``store``."""
+        b, n, _ = y.shape
+        q = rotate(self.q_norm(self.q(y).view(b, n, self.heads, self.head_dim)).transpose(1, 2), r)
+        k = rotate(self.k_norm(self.k(y).view(b, n, self.kv_heads, self.head_dim)).transpose(1, 2), r)
+        v = self.v(y).view(b, n, self.kv_heads, self.head_dim).transpose(1, 2)
+        if store is not None:
+            k, v = store.update(layer, k, v)
+        # under autocast the norms leave fp32 and the projections bf16; attention wants one dtype
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        grouped = self.heads != self.kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, -1))
+        return out
+
+
+class SequenceModel(nn.Module):
+    """Causal transformer over code embeddings and linearly embedded observation patches."""
+
+    def __init__(self, cfg: FlexLAMConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        seq = cfg.sequence
+        self.codes = nn.Embedding(cfg.bottleneck.codebook_size, seq.hidden)
+        self.observe = nn.Linear(cfg.channels * seq.patch**2, seq.hidden)
+        self.blocks = nn.ModuleList(SequenceBlock(seq) for _ in range(seq.layers))
+        self.norm = RMSNorm(seq.hidden, seq.rms_eps)
+        self.head = nn.Linear(seq.hidden, cfg.bottleneck.codebook_size, bias=False)
+        if seq.places:
+            self.slot_place = nn.Parameter(torch.randn(cfg.bottleneck.slots, seq.hidden) * 0.02)
+            self.patch_place = nn.Parameter(torch.randn(cfg.tokens_per_frame, seq.hidden) * 0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            for name in ("out", "down"):
+                nn.init.normal_(getattr(block, name).weight, std=0.02 / (2 * seq.layers) ** 0.5)
+        nn.init.zeros_(self.observe.bias)
+
+    def embed_codes(self, codes: Tensor, slots: Tensor) -> Tensor:
+        """Codes integers ``[B, N]`` standing in ``slots [N]`` to ``[B, N, hidden]``."""
+        x: Tensor = self.codes(codes.long())
+        return x + self.slot_place[slots] if self.cfg.sequence.places else x
+
+    def embed_frames(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[B, C, H, W]`` in ``[-1, 1]`` to an observation block ``[B, tokens per frame, hidden]``."""
+        x: Tensor = self.observe(patchify(pixels, self.cfg.sequence.patch))
+        return x + self.patch_place if self.cfg.sequence.places else x
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+    ) -> Tensor:
+        """Embedded tokens ``[B, N, hidden]`` at integer ``positions [N]`` or ``[B, N]`` to normed hidden states.
+
+        ``mask`` is bool, True where a token may attend, ``[N, keys]`` or ``[B, 1, N, keys]``; None is plain causal.
+        ``store`` keeps keys and values between calls; None attends to this call's tokens alone.
+        """
+        r = rotation(positions, self.cfg.sequence.head_dim, self.cfg.sequence.rope_theta, at_least_fp32(x.dtype))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, r, mask, layer, store)
+        out: Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[..., hidden]`` to code logits ``[..., C]``, fp32 (fp64 from an fp64 model)."""
+        out: Tensor = self.head(hidden)
+        return out.to(at_least_fp32(out.dtype))
+
+    @torch.no_grad()
+    def generate(self, codes: Tensor, k: int) -> Tensor:
+        """Continue a plain sequence of codes greedily: ``codes [B, N]`` (N at least 1) to int32 ``[B, k]``.
+
+        Codes stand in slots ``0, 1, ..., K - 1, 0, ...``. Acting on frames goes through :class:`flexlam_fast.Policy`.
+
+        Raises:
+            InputError: wrong shape or dtype, an empty sequence, or a code outside ``[0, C)``.
+            BudgetError: ``k`` below 1.
+        """
+        check_tensor("codes", codes, ["B", "N"], (torch.int32, torch.int64))
+        check_budget("k", k, 1, 2**31 - 1)
+        size = self.cfg.bottleneck.codebook_size
+        if not codes.shape[1] or bool(((codes < 0) | (codes >= size)).any()):
+            raise InputError(f"codes: expected at least one code in 0..{size - 1}, got shape {list(codes.shape)}")
+        store, start = _Growing(), 0
+        chosen: list[Tensor] = []
+        while len(chosen) < k:
+            positions = torch.arange(start, start + codes.shape[1], device=codes.device)
+            x = self.embed_codes(codes, positions % self.cfg.bottleneck.slots)
+            hidden = self(x, positions, None if start == 0 else _everything(x), store)
+            start += codes.shape[1]
+            codes = self.logits(hidden[:, -1:]).argmax(-1)
+            chosen.append(codes)
+        return torch.cat(chosen, dim=1).to(torch.int32)
+
+    @classmethod
+    def from_qwen3(cls, hf_model: Any) -> SequenceModel:
+        """Take over the weights of a ``transformers`` Qwen3 causal language model whose vocabulary is the codebook.
+
+        Args:
+            hf_model: a ``Qwen3ForCausalLM``. Its embedding becomes the code embedding; the observation embedding, for
+                which it has no counterpart, keeps its random start.
+
+        Raises:
+            InputError: a model of another kind, or one with biases, sliding windows, or scaled RoPE.
+        """
+        from flexlam_fast.sequence.convert import from_qwen3
+
+        return from_qwen3(cls, hf_model)
+
+
+class _Growing:
+    """A cache that grows by concatenation, for plain sequences."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.kept:
+            old_k, old_v = self.kept[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.kept[layer] = (k, v)
+        return k, v
+
+
+def _everything(x: Tensor) -> Tensor:
+    """A mask that hides nothing, broadcast over any number of keys."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)
