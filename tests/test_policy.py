@@ -1,0 +1,340 @@
+"""Policy: whole decisions against the parts they are made of, sessions, budgets, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flexlam_fast.config import BottleneckConfig, DecoderConfig, EncoderConfig, FlexLAMConfig, SequenceConfig
+from flexlam_fast.errors import BackendError, BudgetError, CheckpointError, InputError
+from flexlam_fast.layers import normalise
+from flexlam_fast.policy import Policy
+from flexlam_fast.sequence.layout import OBSERVATION, history_layout
+from flexlam_fast.translator import encode_actions, no_actions
+from flexlam_fast.types import Actions, Decision
+
+K, SIZE = 6, 16
+
+
+def small(prefix: str = "uniform") -> FlexLAMConfig:
+    return dataclasses.replace(
+        FlexLAMConfig.preset("tiny"),
+        frame=SIZE,
+        bottleneck=BottleneckConfig(slots=K, prefix=prefix),
+        encoder=EncoderConfig(depth=1, width=32, heads=2, mlp_ratio=2, patch=4),
+        decoder=DecoderConfig(depth=1, heads=2, head_dim=16, ffn=32, patch=8, steps=2),
+        sequence=SequenceConfig(
+            hidden=32,
+            intermediate=48,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            patch=8,
+            window=6,
+            stride=4,
+            places=True,
+        ),
+    )
+
+
+def build(**how: Any) -> Policy:
+    """A policy whose random weights tell codes and actions clearly apart."""
+    policy = Policy(small(), **how)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in policy.sequence.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if "norm" in name else 0.0))
+    return policy
+
+
+def video(steps: int, batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (steps, batch, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
+
+
+def play(
+    policy: Policy, frames: Tensor, budgets: list[int], resets: dict[int, list[int]] | None = None
+) -> list[Decision]:
+    policy.reset(frames.shape[1])
+    decisions = []
+    for t, (frame, k) in enumerate(zip(frames, budgets, strict=True)):
+        if resets and t in resets:
+            policy.reset(sessions=resets[t])
+        decisions.append(policy.act(frame, k))
+    return decisions
+
+
+def decided_by_the_parts(policy: Policy, frames: Tensor, decisions: list[Decision]) -> list[tuple[Tensor, Actions]]:
+    """Logits ``[k, C]`` and actions of one episode, from the dense mask over its whole history and no cache."""
+    cfg, pixels = policy.cfg, normalise(frames)
+    blocks = policy.lam.encode(frames[:-1], frames[1:])
+    layout = history_layout(cfg, len(frames), 0, "all")
+    parts = []
+    for s in layout.segments:
+        if s.kind == OBSERVATION:
+            parts.append(policy.sequence.embed_frames(pixels[s.frame : s.frame + 1]))
+        else:
+            block = torch.zeros(K, dtype=torch.int32)
+            if s.scratch:
+                block[: decisions[s.frame].budget] = decisions[s.frame].codes[0]
+            else:
+                block = blocks[s.frame]
+            parts.append(policy.sequence.embed_codes(block[None, : s.length], torch.arange(s.length)))
+    hidden = policy.sequence(torch.cat(parts, dim=1), layout.positions, layout.mask)
+    logits = policy.sequence.logits(hidden[0, layout.source])
+    out, previous = [], no_actions(1, cfg.translator, torch.device("cpu"))
+    for t, decision in enumerate(decisions):
+        k = decision.budget
+        latents = policy.lam.latents(decision.codes, k)
+        previous = policy.translator.decide(latents, encode_actions(previous, cfg.translator))
+        out.append((torch.stack([logits[(layout.frame == t) & (layout.slot == j)][0] for j in range(k)]), previous))
+    return out
+
+
+@torch.no_grad()
+def test_every_decision_is_that_of_the_parts_without_a_cache() -> None:
+    policy, steps = build(), 26
+    frames = video(steps, 3)
+    resets = {4: [1], 11: [2], 12: [1]}
+    decisions = play(policy, frames, [1 + (5 * t) % K for t in range(steps)], resets)
+    for session, start, stop in [(0, 0, 26), (1, 0, 4), (1, 4, 12), (1, 12, 26), (2, 0, 11), (2, 11, 26)]:
+        own = [
+            Decision(Actions(*(x[[session]] for x in d.actions)), d.codes[[session]], d.budget, d.frames[[session]])
+            for d in decisions[start:stop]
+        ]
+        expected = decided_by_the_parts(policy, frames[start:stop, session], own)
+        for t, (decision, (logits, actions)) in enumerate(zip(own, expected, strict=True)):
+            assert decision.frames.tolist() == [t]
+            best = logits.topk(2).values
+            clear = best[:, 0] - best[:, 1] > 1e-3
+            assert bool(clear.float().mean() > 0.5)
+            assert torch.equal(logits.argmax(-1)[clear].int(), decision.codes[0][clear])
+            assert torch.equal(decision.actions.discrete, actions.discrete)
+    chosen = torch.cat([d.actions.discrete.flatten() for d in decisions])
+    assert len(chosen.unique()) > 2, "actions should vary"
+
+
+def test_a_session_decides_alone_as_it_does_in_a_batch() -> None:
+    policy, frames = build(), video(15, 3)
+    together = play(policy, frames, [K] * 15)
+    for b in range(3):
+        alone = play(policy, frames[:, b : b + 1], [K] * 15)
+        for x, y in zip(together, alone, strict=True):
+            assert torch.equal(x.codes[b], y.codes[0])
+            assert torch.equal(x.actions.discrete[b], y.actions.discrete[0])
+
+
+def test_a_smaller_budget_generates_a_prefix_and_leaves_no_trace() -> None:
+    policy, frames = build(), video(12, 2)
+    full = play(policy, frames, [K] * 12)
+    for k in range(1, K):
+        some = play(policy, frames, [k] * 12)
+        for x, y in zip(full, some, strict=True):
+            assert y.budget == k
+            assert y.codes.shape == (2, k)
+            assert torch.equal(x.codes[:, :k], y.codes)
+
+
+@pytest.mark.parametrize("k", [1, 3, K - 1])
+def test_slots_beyond_the_budget_change_no_bit_of_the_action(k: int) -> None:
+    policy, frames = build(), video(6, 4)
+    decisions = play(policy, frames, [k] * 6)
+    previous = no_actions(4, policy.cfg.translator, policy.device)
+    generator = torch.Generator().manual_seed(k)
+    for decision in decisions:
+        before = encode_actions(previous, policy.cfg.translator)
+        exact = policy.translator(policy.lam.latents(decision.codes, k), before)
+        for _ in range(5):
+            tail = torch.randint(-(2**31), 2**31 - 1, (4, K - k), generator=generator).to(torch.int32)
+            block = torch.cat([decision.codes, tail], dim=1)
+            out = policy.translator(policy.lam.latents(block, k), before)
+            assert torch.equal(out.logits[0], exact.logits[0])
+            assert torch.equal(out.logits[0].argmax(-1), decision.actions.discrete[:, 0])
+        previous = decision.actions
+
+
+def test_the_previous_action_reaches_the_translator_until_a_reset() -> None:
+    policy, frames = build(), video(5, 2)
+    play(policy, frames, [2] * 5)
+    assert int(policy.previous.discrete.min()) >= 0
+    policy.reset(sessions=[1])
+    assert int(policy.previous.discrete[0, 0]) >= 0
+    assert policy.previous.discrete[1].tolist() == [-1]
+    first = policy.act(frames[0], 2)
+    assert first.frames.tolist() == [5, 0]
+    again = play(policy, frames[:1], [2])[0]
+    assert torch.equal(first.actions.discrete[1], again.actions.discrete[1])
+    assert torch.equal(first.codes[1], again.codes[1])
+
+
+def test_a_refused_call_leaves_the_sessions_as_they_were() -> None:
+    policy, frames = build(), video(8, 2)
+    expected = play(policy, frames, [3] * 8)
+    policy.reset(2)
+    for frame, decision in zip(frames, expected, strict=True):
+        for wrong, budget in ((frame, 0), (frame, K + 1), (frame[:1], 3), (frame.float() * torch.nan, 3)):
+            with pytest.raises(InputError):
+                policy.act(wrong, budget)
+        again = policy.act(frame, 3)
+        assert torch.equal(again.codes, decision.codes)
+        assert torch.equal(again.actions.discrete, decision.actions.discrete)
+
+
+def test_frames_may_be_numpy_strided_or_read_only(recwarn: pytest.WarningsRecorder) -> None:
+    policy, frames = build(), video(3, 2)
+    expected = play(policy, frames, [K] * 3)[-1]
+    array = frames.numpy()
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    mirrored = array[:, :, :, ::-1].copy()[:, :, :, ::-1]
+    for form in (array, fixed, mirrored, frames.transpose(2, 3).contiguous().transpose(2, 3)):
+        policy.reset(2)
+        for frame in form:
+            decision = policy.act(frame, np.int64(K))  # type: ignore[arg-type]
+        assert torch.equal(decision.codes, expected.codes)
+    assert not recwarn.list
+
+
+def test_a_decision_is_on_the_host_in_the_documented_types() -> None:
+    decision = play(build(), video(2, 3), [4, 4])[-1]
+    assert decision.codes.dtype == torch.int32
+    assert decision.actions.discrete.shape == (3, 1)
+    assert decision.actions.discrete.dtype == torch.int64
+    assert decision.actions.continuous.shape == (3, 0)
+    assert decision.frames.dtype == torch.int64
+    assert decision.frames.tolist() == [1, 1, 1]
+
+
+def test_a_decision_handed_out_and_the_policy_do_not_share_memory() -> None:
+    policy, frames = build(), video(4, 2)
+    decision = play(policy, frames, [4] * 4)[-1]
+    kept = [x.clone() for x in (decision.actions.discrete, decision.codes, decision.frames)]
+    policy.reset(sessions=[0, 1])
+    for x, y in zip(kept, (decision.actions.discrete, decision.codes, decision.frames), strict=True):
+        assert torch.equal(x, y)
+    expected = play(policy, frames, [4] * 4)[-1]
+    policy.reset(2)
+    for frame in frames:
+        again = policy.act(frame, 4)
+        last = again.actions.discrete.clone(), again.codes.clone()
+        again.actions.discrete.fill_(6)
+        again.codes.fill_(999)
+    assert torch.equal(last[0], expected.actions.discrete)
+    assert torch.equal(last[1], expected.codes)
+
+
+def test_weights_come_from_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, c = Policy(small(), seed=1), Policy(small(), seed=1), Policy(small(), seed=2)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are not drawn from"
+    assert all(torch.equal(x, y) for x, y in zip(a.state().values(), b.state().values(), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(a.state().values(), c.state().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_acts_and_imagines(dtype: torch.dtype) -> None:
+    policy, frames = build(dtype=dtype), video(10, 2)
+    decisions = play(policy, frames, [1 + t % K for t in range(10)])
+    assert all(int(d.codes.min()) >= 0 and int(d.codes.max()) < 1000 for d in decisions)
+    assert policy.imagine(decisions[-1]).shape == (2, SIZE, SIZE, 3)
+
+
+def test_imagination_repeats_from_its_seed() -> None:
+    policy, frames = build(), video(2, 2)
+
+    def imagine(seed: int) -> Tensor:
+        policy.reset(2, seed=seed)
+        return policy.imagine(policy.act(frames[0], K))
+
+    first = imagine(0)
+    assert first.dtype == torch.uint8
+    assert first.shape == frames[0].shape
+    assert torch.equal(imagine(0), first)
+    assert not torch.equal(imagine(1), first)
+
+
+def test_a_saved_policy_decides_the_same(tmp_path: Path) -> None:
+    policy, frames = build(), video(9, 2)
+    expected = play(policy, frames, [1 + t % K for t in range(9)])
+    policy.save_pretrained(tmp_path / "policy", notes={"log.txt": "trained by nobody"})
+    again = Policy.from_pretrained(tmp_path / "policy")
+    assert again.cfg == policy.cfg
+    assert all(torch.equal(x, y) for x, y in zip(policy.state().values(), again.state().values(), strict=True))
+    for x, y in zip(expected, play(again, frames, [1 + t % K for t in range(9)]), strict=True):
+        assert torch.equal(x.codes, y.codes)
+        assert torch.equal(x.actions.discrete, y.actions.discrete)
+    assert (tmp_path / "policy" / "log.txt").read_text() == "trained by nobody"
+
+
+def test_a_policy_of_another_size_or_with_nan_is_refused(tmp_path: Path) -> None:
+    policy = build()
+    tensors = policy.state()
+    with pytest.raises(CheckpointError, match=r"^f: .*translator.head.bias"):
+        policy.load_state("f", {k: v for k, v in tensors.items() if k != "translator.head.bias"})
+    with pytest.raises(CheckpointError, match=r"^f: lam.bottleneck.null: expected"):
+        policy.load_state("f", {**tensors, "lam.bottleneck.null": torch.zeros(5)})
+    with pytest.raises(CheckpointError, match=r"^f: lam.bottleneck.null: expected finite floating numbers"):
+        policy.load_state("f", {**tensors, "lam.bottleneck.null": torch.full((4,), torch.nan)})
+    with pytest.raises(CheckpointError, match=r"^no-such-policy: expected a directory or one of "):
+        Policy.from_pretrained("no-such-policy")
+
+
+def test_describe_names_the_parts_the_device_and_the_backend() -> None:
+    text = build().describe()
+    for word in ("lam", "sequence", "translator", "cpu", "float32", "reference"):
+        assert word in text
+    assert "\n" not in text
+
+
+FRAME = video(1, 2)[0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "budget", "kind", "sentence"),
+    [
+        (FRAME, 0, BudgetError, r"^budget: expected an integer in 1\.\.6, got 0$"),
+        (FRAME, K + 1, BudgetError, r"^budget: expected an integer in 1\.\.6, got 7$"),
+        (FRAME, -1, BudgetError, r"^budget: expected an integer in 1\.\.6, got -1$"),
+        (FRAME, 2.0, BudgetError, r"^budget: expected an integer in 1\.\.6, got 2\.0$"),
+        (FRAME, True, BudgetError, r"^budget: expected an integer in 1\.\.6, got True$"),
+        (FRAME, None, BudgetError, r"^budget: expected an integer in 1\.\.6, got None$"),
+        (torch.full((2, SIZE, SIZE, 3), torch.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
+        (np.full((2, SIZE, SIZE, 3), np.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
+        (FRAME.float(), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,16,3\] float32 cpu$"),
+        (FRAME.numpy().astype(np.int64), 3, InputError, r"^frames: expected .* got \[2,16,16,3\] int64 cpu$"),
+        (FRAME[:1], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[1,16,16,3\] uint8 cpu$"),
+        (FRAME[0], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[16,16,3\] uint8 cpu$"),
+        (FRAME[:, :, :8], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,8,3\] uint8 cpu$"),
+        (FRAME.movedim(-1, 1), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,3,16,16\] uint8 cpu$"),
+        (FRAME[..., :1], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,16,1\] uint8 cpu$"),
+        (np.array([["a"]]), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got "),
+        ([1, 2], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got list \[1, 2\]$"),
+        (None, 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got NoneType None$"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_sentence(frames: Any, budget: Any, kind: type[Exception], sentence: str) -> None:
+    policy = build()
+    policy.reset(2)
+    with pytest.raises(kind, match=sentence) as caught:
+        policy.act(frames, budget)
+    assert "\n" not in str(caught.value)
+    assert policy.cache.t.tolist() == [-1, -1]
+
+
+def test_wrong_construction_and_resets_are_refused_in_one_sentence() -> None:
+    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16 or float16, got torch\.float64$"):
+        Policy(small(), dtype=torch.float64)
+    with pytest.raises(BackendError, match="^backend: expected one that runs here, got 'triton': "):
+        Policy(small(), backend="triton")
+    policy = build()
+    with pytest.raises(BudgetError, match=r"^batch_size: expected an integer in 1\.\."):
+        policy.reset(0)
+    with pytest.raises(InputError, match=r"^sessions: expected 0\.\.0, got \[1\]$"):
+        policy.reset(sessions=[1])
