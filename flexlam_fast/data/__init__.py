@@ -1,0 +1,1 @@
+"""Frames on disk, the games and videos they come from, and the experts that play them."""

@@ -1,0 +1,191 @@
+"""Reads a data set of packed episodes: frames stay on disk, memory-mapped; actions and rewards are held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexlam_fast.data import manifest as layout
+from flexlam_fast.data.extras import need
+from flexlam_fast.data.manifest import SPLITS, Episode, FileRecord, Manifest
+from flexlam_fast.data.writer import EpisodeWriter
+from flexlam_fast.errors import DataError, InputError
+
+__all__ = ["Episode", "EpisodeStore", "EpisodeWriter"]
+
+
+class EpisodeStore:
+    """Every frame of a data set has one global index ``0 .. num_frames - 1``, in the order of the episodes.
+
+    Attributes:
+        path: the directory.
+        episodes: the episodes, by index.
+        tasks: what was played or filmed.
+        action_names: the vocabulary of ``actions``.
+        frame_shape: ``(H, W, 3)``.
+        num_frames: frames in all.
+        actions: int64 ``[num_frames]``, the action taken at each frame, -1 where none is known.
+        rewards: float32 ``[num_frames]``, what it earned.
+        previous_actions: int64 ``[num_frames]``, the action before, -1 at an episode's first frame.
+        labelled: whether any action is known.
+        fingerprint: sha256 of the manifest's content; two data sets with the same one are the same.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        episodes: tuple[Episode, ...],
+        shards: list[NDArray[np.uint8]],
+        actions: NDArray[np.int64],
+        rewards: NDArray[np.float32],
+    ) -> None:
+        self.path = path
+        self.episodes = episodes
+        self.tasks = manifest.tasks
+        self.action_names = manifest.action_names
+        self.frame_shape = manifest.frame_shape
+        self.num_frames = manifest.num_frames
+        self.actions = actions
+        self.rewards = rewards
+        # An episode's last action is -1, so the one before the next episode's first frame is -1 as well.
+        self.previous_actions = np.concatenate([np.full(1, -1), actions[:-1]])
+        self.labelled = bool((actions >= 0).any())
+        self.fingerprint = layout.fingerprint(manifest)
+        self._manifest = manifest
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(s) for s in shards])
+
+    @classmethod
+    def open(cls, path: str | Path) -> EpisodeStore:
+        """Open a data set; sizes and small files are checked in full, frames by :meth:`verify`.
+
+        Raises:
+            DataError: naming the file that is missing, truncated or damaged, and how.
+        """
+        directory = Path(path)
+        manifest = layout.load(directory)
+        episodes = _read_episodes(directory, manifest)
+        shards, steps = [], []
+        for shard in manifest.shards:
+            shards.append(_map_frames(directory, shard.frames, (shard.length, *manifest.frame_shape)))
+            steps.append(_read_table(directory, shard.steps))
+        table = {n: np.concatenate([s[n] for s in steps]) for n in ("episode", "action", "reward")}
+        owners = np.repeat(np.arange(len(episodes)), [e.frames for e in episodes])
+        if not np.array_equal(table["episode"], owners):
+            raise DataError(f"{directory}: expected steps of the episodes listed, got those of others")
+        actions, rewards = table["action"].astype(np.int64), table["reward"].astype(np.float32)
+        return cls(directory, manifest, episodes, shards, actions, rewards)
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Gather frames.
+
+        Args:
+            indices: global frame indices, integers of any shape.
+
+        Returns:
+            uint8 ``[*indices.shape,H,W,3]``, a fresh array.
+
+        Raises:
+            InputError: for an index outside ``0 .. num_frames - 1``.
+        """
+        wanted = np.asarray(indices)
+        flat = wanted.reshape(-1)
+        low, high = (flat.min(), flat.max()) if flat.size else (0, 0)
+        if not (np.issubdtype(flat.dtype, np.integer) or not flat.size) or low < 0 or high >= self.num_frames:
+            raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {low}..{high}")
+        out = np.empty((flat.size, *self.frame_shape), dtype=np.uint8)
+        owner = np.searchsorted(self._starts, flat, side="right") - 1
+        for number, shard in enumerate(self._shards):
+            rows = np.flatnonzero(owner == number)
+            if rows.size == flat.size:
+                np.take(shard, flat - self._starts[number], axis=0, out=out, mode="clip")  # "raise" would copy twice
+                break
+            if rows.size:
+                out[rows] = shard[flat[rows] - self._starts[number]]
+        return out.reshape(*wanted.shape, *self.frame_shape)
+
+    def transitions(self, split: str, tasks: Collection[str] | None = None) -> NDArray[np.int64]:
+        """Global indices ``i`` such that frames ``i`` and ``i + 1`` belong to one episode of the split.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+            tasks: only these tasks; None for all.
+
+        Returns:
+            int64 ``[n]``, ascending.
+
+        Raises:
+            InputError: for an unknown split or task.
+        """
+        if split not in SPLITS:
+            raise InputError(f"split: expected one of {SPLITS}, got {split!r}")
+        unknown = sorted(set(tasks or ()) - set(self.tasks))
+        if unknown or isinstance(tasks, str):
+            raise InputError(f"tasks: expected some of {self.tasks}, got {tasks!r}")
+        chosen = [e for e in self.episodes if e.split == split and (tasks is None or e.task in tasks)]
+        ranges = [np.arange(e.first, e.first + e.frames - 1, dtype=np.int64) for e in chosen]
+        return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
+
+    def verify(self) -> None:
+        """Read every frame and compare it with the sums in the manifest.
+
+        Raises:
+            DataError: naming the first shard that is damaged.
+        """
+        for shard in self._manifest.shards:
+            path = self.path / shard.frames.name
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.frames.sha256:
+                    raise DataError(f"{path}: expected the frames that were written, got other bytes (sha256 differs)")
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: expected {record.bytes} bytes, got {error.strerror or error}") from error
+    if size != record.bytes:
+        raise DataError(f"{path}: expected {record.bytes} bytes, got {size}")
+
+
+def _map_frames(directory: Path, record: FileRecord, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    path = directory / record.name
+    _check_size(path, record)
+    try:
+        frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected an array of frames, got a damaged file ({error})") from error
+    if frames.shape != shape or frames.dtype != np.uint8:
+        raise DataError(f"{path}: expected {list(shape)} uint8, got {list(frames.shape)} {frames.dtype}")
+    return np.asarray(frames)
+
+
+def _read_table(directory: Path, record: FileRecord) -> dict[str, NDArray[Any]]:
+    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    path = directory / record.name
+    _check_size(path, record)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise DataError(f"{path}: expected the table that was written, got a damaged file (sha256 differs)")
+    try:
+        table = parquet.read_table(io.BytesIO(content))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: expected a parquet table, got a damaged file") from error
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def _read_episodes(directory: Path, manifest: Manifest) -> tuple[Episode, ...]:
+    table = _read_table(directory, manifest.episodes)
+    columns = [table["return" if name == "ret" else name].tolist() for name in Episode._fields]
+    episodes = tuple(Episode(*row) for row in zip(*columns, strict=True))
+    frames = sum(e.frames for e in episodes)
+    if (len(episodes), frames) != (manifest.num_episodes, manifest.num_frames):
+        raise DataError(f"{directory}: expected {manifest.num_frames} frames, got episodes with {frames}")
+    return episodes
