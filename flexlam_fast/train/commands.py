@@ -1,0 +1,258 @@
+"""The commands ``flexlam-fast train {lam,sequence,translator,joint,all}``.
+
+A run directory holds one folder a stage (``lam``, ``sequence``, ``translator``, ``joint``), the encoded ``codes``, and
+``policy``, the finished checkpoint. Every command resumes where it was stopped when it is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexlam_fast.checkpoint import load_checkpoint
+from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.data.store import EpisodeStore
+from flexlam_fast.errors import CheckpointError, ConfigError, InputError
+from flexlam_fast.lam import LatentActionModel
+from flexlam_fast.policy import Policy
+from flexlam_fast.train.codes import encode_dataset, fingerprint
+from flexlam_fast.train.joint import JointModel, JointStage
+from flexlam_fast.train.lam import LamStage
+from flexlam_fast.train.loop import Stage, Trainer
+from flexlam_fast.train.recipes import COLLECTION, LABELS, RECIPES, Recipe
+from flexlam_fast.train.sequence import SequenceStage
+from flexlam_fast.train.translator import TranslatorStage, choose_labels
+from flexlam_fast.translator import Translator
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every training command can be told."""
+
+    data: Path
+    """Packed episodes, from ``collect`` or ``pack``."""
+    output: Path
+    """The run directory; a run that stands there is resumed."""
+    preset: str = "tiny"
+    """Model and recipe: tiny or dmlab."""
+    config: Path | None = None
+    """A configuration file for the model in place of the preset's."""
+    prefix: str | None = None
+    """uniform (retained-prefix training) or full (the Fixed-K baseline); left out, the configuration's."""
+    seed: int = 0
+    """Same seed, same weights, bit for bit, on the same machine."""
+    steps: int | None = None
+    """Training steps in place of the recipe's."""
+    batch: int | None = None
+    """Batch size in place of the recipe's."""
+    lr: float | None = None
+    """Peak learning rate in place of the recipe's."""
+    save_every: int | None = None
+    """Steps between checkpoints in place of the recipe's."""
+    validate_every: int | None = None
+    """Steps between validations in place of the recipe's."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    precision: str = "auto"
+    """bf16 or fp32; auto is bf16 autocast where the device multiplies it in hardware."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+def lam(options: RunOptions) -> None:
+    """Stage 1: train encoder, bottleneck and decoder on action-free transitions.
+
+    Args:
+        options: of the run.
+    """
+    store = EpisodeStore.open(options.data)
+    recipe, device = _recipe(options, "lam"), _device(options)
+    _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device), recipe)
+
+
+def sequence(options: RunOptions, lam: Path | None = None) -> None:
+    """Stage 2: encode the data once with a frozen LAM, then train the sequence model on the codes.
+
+    Args:
+        options: of the run.
+        lam: a LAM checkpoint; left out, the run's own, from joint alignment where there is one.
+    """
+    store = EpisodeStore.open(options.data)
+    recipe, device = _recipe(options, "sequence"), _device(options)
+    model = load_lam(lam or _own_lam(options.output)).to(device)
+    codes = encode_dataset(model, store, options.output / "codes", device)
+    source = fingerprint(model)
+    stage = SequenceStage(model.cfg, store, codes, recipe.batch, options.seed, device, source)
+    _train(options, stage, recipe)
+
+
+def translator(
+    options: RunOptions, labels: float | None = None, labels_from: str | None = None, lam: Path | None = None
+) -> None:
+    """Stage 3: train the translator on a few labelled transitions, with the LAM frozen.
+
+    Args:
+        options: of the run.
+        labels: below 1 a share of the transitions (the paper: 0.00025), otherwise a count; left out, the preset's.
+        labels_from: take all labels from this task (the narrow-source test); left out, equally from every task.
+        lam: a LAM checkpoint; left out, the run's own.
+    """
+    store = EpisodeStore.open(options.data)
+    recipe, device = _recipe(options, "translator"), _device(options)
+    model = load_lam(lam or options.output / "lam" / "last").to(device)
+    chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
+    codes = encode_dataset(model, store, options.output / "codes", device)
+    source = fingerprint(model)
+    stage = TranslatorStage(model.cfg, store, model, codes, chosen, recipe.batch, options.seed, device, source)
+    _train(options, stage, recipe)
+
+
+def joint(
+    options: RunOptions, labels: float | None = None, labels_from: str | None = None, weight: float = 1.0
+) -> None:
+    """Optional stage: let the action loss update encoder and bottleneck together with the translator.
+
+    Needs the stage lam, and starts from the translator where there is one. Train the sequence model afterwards, because
+    the codes change.
+
+    Args:
+        options: of the run.
+        labels: as for the translator.
+        labels_from: as for the translator.
+        weight: of the action loss beside the LAM's own.
+    """
+    store = EpisodeStore.open(options.data)
+    recipe, device = _recipe(options, "joint"), _device(options)
+    model = load_lam(options.output / "lam" / "last").requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        head = Translator(model.cfg)
+    if (options.output / "translator" / "best").exists():
+        head.load_state_dict(load_checkpoint(options.output / "translator" / "best").tensors)
+    chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
+    source = fingerprint(model)
+    both = JointModel(model, head)
+    stage = JointStage(model.cfg, store, both, chosen, recipe.batch, options.seed, device, source, weight)
+    _train(options, stage, recipe)
+
+
+def all_stages(
+    options: RunOptions,
+    labels: float | None = None,
+    labels_from: str | None = None,
+    with_joint: bool = False,
+    export_dtype: str = "float16",
+) -> None:
+    """Everything: collect ViZDoom episodes if ``data`` does not exist, train all stages, write ``output/policy``.
+
+    Args:
+        options: of the run; ``steps``, ``batch`` and ``lr`` would mean every stage at once and are refused.
+        labels: as for the translator.
+        labels_from: as for the translator.
+        with_joint: joint alignment in place of the translator stage: the labels also shape the codes.
+        export_dtype: of the weights in ``output/policy``: float16, bfloat16 or float32.
+    """
+    if any(value is not None for value in (options.steps, options.batch, options.lr)):
+        raise InputError("train all: expected no steps, batch or lr (they differ by stage), got one of them")
+    dtype = _dtype(export_dtype)
+    _config(options)
+    if not options.data.exists():
+        from flexlam_fast.data.collect import collect
+
+        collect(options.data, tuple(COLLECTION), steps=tuple(COLLECTION.values()), seed=options.seed)
+    lam(options)
+    align = joint if with_joint else translator
+    align(options, labels, labels_from)
+    sequence(options)
+    export(options.output, dtype)
+
+
+def export(run: Path, dtype: torch.dtype = torch.float16) -> Policy:
+    """Put the stages of a run together as a policy and write it to ``run/policy``.
+
+    Args:
+        run: a run directory with lam (or joint), sequence and translator trained.
+        dtype: of the stored weights.
+
+    Raises:
+        CheckpointError: a stage is missing.
+    """
+    model = load_lam(_own_lam(run))
+    policy = Policy(model.cfg)
+    policy.lam.load_state_dict(model.state_dict())
+    policy.sequence.load_state_dict(load_checkpoint(run / "sequence" / "last").tensors)
+    if (run / "joint" / "best").exists():
+        found = load_checkpoint(run / "joint" / "best").tensors
+        head = {k.removeprefix("translator."): v for k, v in found.items() if k.startswith("translator.")}
+    else:
+        head = load_checkpoint(run / "translator" / "best").tensors
+    policy.translator.load_state_dict(head)
+    policy.save_pretrained(run / "policy", dtype=dtype)
+    print(f"{run / 'policy'}: {policy.describe()}")
+    return policy
+
+
+def load_lam(directory: Path) -> LatentActionModel:
+    """Load a frozen LAM from the checkpoint of stage ``lam`` or ``joint``.
+
+    Raises:
+        CheckpointError: nothing there, or not a LAM.
+    """
+    found = load_checkpoint(directory)
+    model = LatentActionModel(FlexLAMConfig.from_json(found.config_json), "reference")
+    tensors = {k.removeprefix("lam."): v for k, v in found.tensors.items() if not k.startswith("translator.")}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{directory}: expected a LAM, got other weights: {error}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _own_lam(run: Path) -> Path:
+    return run / "joint" / "best" if (run / "joint" / "best").exists() else run / "lam" / "last"
+
+
+def _train(options: RunOptions, stage: Stage, recipe: Recipe) -> None:
+    folder = options.output / stage.name
+    trainer = Trainer(
+        stage, recipe, folder, device=_device(options), precision=options.precision, tensorboard=options.tensorboard
+    )
+    done = trainer.run()
+    print(f"{folder}: {done.step} steps, best validation loss {done.best:.4f}")
+
+
+def _config(options: RunOptions) -> FlexLAMConfig:
+    cfg = FlexLAMConfig.from_json(options.config) if options.config else FlexLAMConfig.preset(options.preset)
+    if options.prefix is not None:
+        cfg = dataclasses.replace(cfg, bottleneck=dataclasses.replace(cfg.bottleneck, prefix=options.prefix))
+    return cfg
+
+
+def _recipe(options: RunOptions, stage: str) -> Recipe:
+    if options.preset not in RECIPES:
+        raise ConfigError(f"preset: expected one of {sorted(RECIPES)}, got {options.preset!r}")
+    given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "save_every", "validate_every")}
+    return dataclasses.replace(RECIPES[options.preset][stage], **{k: v for k, v in given.items() if v is not None})
+
+
+def _labels(options: RunOptions, labels: float | None) -> float:
+    return LABELS[options.preset] if labels is None else labels
+
+
+def _device(options: RunOptions) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: expected one that torch has here, got {options.device!r}: {error}") from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in known:
+        raise InputError(f"export_dtype: expected one of {sorted(known)}, got {name!r}")
+    return known[name]
