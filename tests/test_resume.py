@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -10,6 +11,8 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from flexlam_fast.checkpoint import load_checkpoint
 from flexlam_fast.errors import CheckpointError
 from flexlam_fast.train import commands
 from flexlam_fast.train.commands import RunOptions
+from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Interrupted
 
 KILLS = 10
@@ -44,15 +48,20 @@ def options(data: Path, run: Path, stage: str) -> RunOptions:
     )
 
 
-def train(data: Path, run: Path, stage: str) -> None:
+def train(data: Path, run: Path, stage: str, ready: Connection) -> None:
     torch.set_num_threads(1)
+    ready.send(True)
     extra = {"labels": 30.0} if stage == "translator" else {}
     getattr(commands, stage)(options(data, run, stage), **extra)
 
 
 def start(data: Path, run: Path, stage: str) -> multiprocessing.process.BaseProcess:
-    process = context.Process(target=train, args=(data, run, stage))
+    """Start a training and return when it has its libraries: what follows is loading, training and saving."""
+    listen, ready = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(data, run, stage, ready))
     process.start()
+    ready.close()
+    assert listen.recv()
     return process
 
 
@@ -70,18 +79,27 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken_times(data: Path, unbroken: Path) -> dict[str, tuple[float, float]]:
-    """Train every stage without a break; per stage the seconds of a start with nothing to do, and those of the work."""
+    """Train every stage without a break; per stage the seconds of a run with nothing to do, and those of the work."""
     times = {}
     for stage in STEPS:
         seconds = []
         for _ in range(2):  # the second finds everything done
-            began = time.monotonic()
             process = start(data, unbroken, stage)
+            began = time.monotonic()
             process.join()
             assert process.exitcode == 0
             seconds.append(time.monotonic() - began)
         times[stage] = (seconds[1], seconds[0] - seconds[1])
     return times
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the children do: the order of sums, and so the bits, depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -98,12 +116,13 @@ def test_sigkill_at_random_moments_changes_no_bit(
 ) -> None:
     if stage != "lam":
         (tmp_path / "lam").symlink_to(unbroken / "lam")
+        (tmp_path / "codes").symlink_to(unbroken / "codes")
     idle, work = unbroken_times[stage]
     chance = random.Random(stage)
     kills, resumed = 0, set()
     while kills < KILLS:
         process = start(data, tmp_path, stage)
-        process.join(timeout=chance.uniform(0.7 * idle, idle + work / 5))
+        process.join(timeout=chance.uniform(0, 2 * idle + work / 3))
         if process.exitcode is not None:  # it got to its end: begin anew
             assert process.exitcode == 0
             shutil.rmtree(tmp_path / stage)
@@ -122,12 +141,24 @@ def test_sigkill_at_random_moments_changes_no_bit(
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_sigterm_saves_and_the_same_command_resumes(data: Path, tmp_path: Path) -> None:
-    long = dataclasses.replace(options(data, tmp_path, "lam"), save_every=10_000, validate_every=10_000)
-    before = signal.getsignal(signal.SIGTERM)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match="lam: told to end at step"):
-        commands.lam(dataclasses.replace(long, steps=10_000))
+def test_sigterm_saves_and_the_same_command_resumes(
+    data: Path, unbroken: Path, unbroken_times: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = dataclasses.replace(options(data, tmp_path, "lam"), save_every=10_000)
+    before, loss = signal.getsignal(signal.SIGTERM), LamStage.loss
+
+    def loss_then_sigterm(stage: LamStage, step: int) -> torch.Tensor:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(stage, step)
+
+    monkeypatch.setattr(LamStage, "loss", loss_then_sigterm)
+    with pytest.raises(Interrupted, match="lam: told to end at step 5; the same command resumes"), one_thread():
+        commands.lam(rare)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert load_checkpoint(tmp_path / "lam" / "last").extra_text["trainer.json"]
+    assert steps_done(tmp_path / "lam" / "last") == 5
+    monkeypatch.undo()
+    with one_thread():
+        commands.lam(rare)
+    a, b = (load_checkpoint(run / "lam" / "last").tensors for run in (unbroken, tmp_path))
+    assert all(torch.equal(a[key], b[key]) for key in a)

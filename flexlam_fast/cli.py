@@ -1,0 +1,222 @@
+"""The command line: ``flexlam-fast`` and ``python -m flexlam_fast``.
+
+Each command is a function with typed arguments, imported when it is called: help and complaints come at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flexlam_fast.errors import FlexLAMError, InputError
+
+PROGRAM = "flexlam-fast"
+
+
+class Command(NamedTuple):
+    """Where a command's function is, and its line in the overview; an empty ``function`` means a module of several."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "flexlam_fast.evaluate.demo", "demo", "play the shipped checkpoint at several budgets, write a report"
+    ),
+    "doctor": Command("flexlam_fast.doctor", "doctor", "what this machine has, and which backend it takes"),
+    "collect": Command("flexlam_fast.cli", "collect", "film the scripted experts of ViZDoom scenarios"),
+    "pack": Command("flexlam_fast.cli", "pack", "pack a folder of videos into episodes"),
+    "train": Command("flexlam_fast.train.commands", "", "train a stage, or all: lam, sequence, translator, joint, all"),
+    "rollout": Command("flexlam_fast.cli", "play", "play scenarios at several budgets beside random and expert"),
+    "reconstruct": Command("flexlam_fast.cli", "reconstruct", "decode held-out transitions at several budgets"),
+}
+TRAIN = {"lam": "lam", "sequence": "sequence", "translator": "translator", "joint": "joint", "all": "all_stages"}
+
+
+def collect(
+    output: Path,
+    *,
+    scenarios: tuple[str, ...] = ("my_way_home", "health_gathering", "defend_the_center", "take_cover"),
+    steps: tuple[int, ...] = (20_000,),
+    seed: int = 0,
+    noise: float = 0.1,
+    test_fraction: float = 0.1,
+    workers: int = 2,
+    overwrite: bool = False,
+) -> None:
+    """Play ViZDoom scenarios with their scripted experts and write packed episodes.
+
+    Args:
+        output: the directory to make.
+        scenarios: what to play.
+        steps: transitions of the train split, one number for all scenarios or one for each.
+        seed: 0 to 999; the same seed gives the same bytes.
+        noise: share of the decisions that random bursts take over.
+        test_fraction: share of the episodes that form the test split.
+        workers: processes that play.
+        overwrite: replace a data set that is there.
+    """
+    from flexlam_fast.data.collect import collect as run
+
+    options: dict[str, Any] = {"noise": noise, "test_fraction": test_fraction, "workers": workers}
+    _told(run(output, scenarios, steps=steps, seed=seed, overwrite=overwrite, **options))
+
+
+def pack(
+    videos: Path,
+    output: Path,
+    *,
+    fps: float | None = None,
+    size: int = 64,
+    test_fraction: float = 0.1,
+    overwrite: bool = False,
+) -> None:
+    """Decode every video below a folder and write it as an episode without actions.
+
+    Args:
+        videos: the folder, searched through all its subfolders.
+        output: the directory to make.
+        fps: frames per second to keep; left out, all.
+        size: side of the square frames in pixels.
+        test_fraction: share of the videos that form the test split.
+        overwrite: replace a data set that is there.
+    """
+    from flexlam_fast.data.video import pack as run
+
+    _told(run(videos, output, fps=fps, size=size, test_fraction=test_fraction, overwrite=overwrite))
+
+
+def play(
+    checkpoint: str = "vizdoom-tiny",
+    *,
+    scenarios: tuple[str, ...] = ("my_way_home", "health_gathering"),
+    budgets: tuple[int, ...] | None = None,
+    episodes: int = 50,
+    seed: int = 0,
+    sessions: int = 1,
+    output: Path = Path("out/rollout"),
+    device: str = "auto",
+    dtype: str = "float32",
+    backend: str = "auto",
+) -> None:
+    """Play scenarios at several budgets, and the same episodes at random and with the scripted expert.
+
+    Args:
+        checkpoint: a directory, or the name of a shipped checkpoint.
+        scenarios: what to play.
+        budgets: codes per decision; left out, 1, 2, 4, ... and all.
+        episodes: per scenario, budget and agent.
+        seed: 0 to 999; another seed, other episodes.
+        sessions: games that act as one batch; with more than one, latency is measured afterwards at batch 1.
+        output: folder for rollout.json and rollout.md.
+        device: where the model runs: cpu, cuda, cuda:1; auto takes a GPU where there is one.
+        dtype: float32, bfloat16 or float16.
+        backend: auto, or one by name.
+    """
+    from flexlam_fast.evaluate.load import load_policy
+    from flexlam_fast.evaluate.rollout import rollout
+
+    policy = load_policy(checkpoint, device, dtype, backend)
+    print(policy.describe(), flush=True)
+    table = rollout(policy, scenarios, budgets, episodes=episodes, seed=seed, sessions=sessions, output=output)
+    print(f"\n{table.text()}\n\nwritten: {output / 'rollout.json'}, {output / 'rollout.md'}")
+
+
+def reconstruct(
+    checkpoint: str = "vizdoom-tiny",
+    *,
+    data: Path,
+    budgets: tuple[int, ...] = (0, 1, 2, 4, 8, 16),
+    transitions: int = 256,
+    seed: int = 0,
+    output: Path = Path("out/reconstruct"),
+    device: str = "auto",
+) -> None:
+    """Decode held-out transitions at several budgets and print PSNR and SSIM beside copying o_t.
+
+    Args:
+        checkpoint: a directory, or the name of a shipped checkpoint.
+        data: packed episodes; their test split is used.
+        budgets: codes to decode from; 0 is none at all.
+        transitions: how many, drawn from the test split.
+        seed: of the draw and of the noise.
+        output: folder for reconstruct.json, reconstruct.md and strip.png.
+        device: where the model runs: cpu, cuda, cuda:1; auto takes a GPU where there is one.
+    """
+    from flexlam_fast.evaluate.reconstruct import reconstruct as run
+
+    result = run(checkpoint, data, budgets=budgets, transitions=transitions, seed=seed, output=output, device=device)
+    print(f"\n{result.markdown()}\nwritten: {output}/reconstruct.json, reconstruct.md, strip.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; ends the process with 0, 2 for a mistake that one sentence explains, 130 for Ctrl-C.
+
+    SIGTERM ends it with 143, after what is open has been closed: games would live on without their player.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _run(given)
+    except FlexLAMError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _run(given: list[str]) -> None:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+    elif given[0] == "--version":
+        from flexlam_fast import __version__
+
+        print(f"{PROGRAM} {__version__}")
+    elif given[0] in COMMANDS:
+        _dispatch(given[0], given[1:])
+    else:
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"command: expected one of {', '.join(COMMANDS)}, got {given[0]!r}{hint}")
+
+
+def _dispatch(name: str, rest: list[str]) -> None:
+    try:
+        import tyro
+    except ImportError as error:
+        raise InputError('tyro: expected it installed, got none; pip install "flexlam_fast[demo]"') from error
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    if command.function:
+        tyro.cli(getattr(module, command.function), prog=f"{PROGRAM} {name}", args=rest)
+        return
+    stages: dict[str, Callable[..., Any]] = {stage: getattr(module, function) for stage, function in TRAIN.items()}
+    tyro.extras.subcommand_cli_from_dict(
+        stages, prog=f"{PROGRAM} {name}", args=rest, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND [options]     ({PROGRAM} COMMAND --help lists them)", ""]
+    lines += [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "  --version    print the version"])
+
+
+def _told(store: Any) -> None:
+    """Say what a finished data set holds."""
+    counts = [f"{len(store.transitions(split))} {split} transitions" for split in ("train", "test")]
+    print(f"{store.path}: {len(store.episodes)} episodes, {', '.join(counts)}, tasks {', '.join(store.tasks)}")

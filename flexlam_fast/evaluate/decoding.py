@@ -1,0 +1,63 @@
+"""Decodes transitions at several budgets, with the same noise for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexlam_fast.checks import check_budget
+from flexlam_fast.errors import InputError
+from flexlam_fast.lam import LatentActionModel
+
+
+class Pairs(NamedTuple):
+    """Transitions: ``now`` and ``following``, both uint8 ``[B, H, W, C]``."""
+
+    now: Tensor
+    following: Tensor
+
+    @classmethod
+    def of(cls, now: NDArray[np.uint8], following: NDArray[np.uint8]) -> Pairs:
+        """Take frames from NumPy."""
+        return cls(torch.from_numpy(np.ascontiguousarray(now)), torch.from_numpy(np.ascontiguousarray(following)))
+
+
+def check_budgets(budgets: Sequence[int], slots: int) -> tuple[int, ...]:
+    """Return budgets for decoding, where ``k = 0`` (all null) is allowed.
+
+    Raises:
+        BudgetError: for one outside ``0..K``.
+        InputError: for none, or one that comes twice.
+    """
+    chosen = tuple(check_budget("budgets", k, 0, slots) for k in budgets)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"budgets: expected at least one, each once, got {chosen}")
+    return chosen
+
+
+@torch.no_grad()
+def decode_at(lam: LatentActionModel, pairs: Pairs, budgets: Sequence[int], seed: int) -> list[Tensor]:
+    """Encode the transitions once and decode ``o_{t+1}`` at each budget.
+
+    Args:
+        lam: the model, on any device.
+        pairs: the transitions.
+        budgets: values of ``k`` within ``0..K``.
+        seed: of the noise, which is the same for every budget.
+
+    Returns:
+        One uint8 ``[B, H, W, C]`` on the host per budget.
+    """
+    device = next(lam.parameters()).device
+    now, following = pairs.now.to(device), pairs.following.to(device)
+    codes = lam.encode(now, following)
+    decoded = []
+    for k in budgets:
+        noise = torch.Generator(device).manual_seed(seed)
+        decoded.append(lam.decode(now, lam.latents(codes, k), generator=noise).cpu())
+    return decoded

@@ -1,0 +1,31 @@
+"""Writing results, with one sentence where the disk refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexlam_fast.errors import StorageError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents; one that is there already is fine.
+
+    Raises:
+        StorageError: if that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: expected a folder to write to, got: {error.strerror or error}") from error
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, replacing what was there.
+
+    Raises:
+        StorageError: naming the file that could not be written.
+    """
+    try:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise StorageError(f"{path}: expected to write it, got: {error.strerror or error}") from error
