@@ -1,7 +1,7 @@
 """Writes the README's tables from the files that the commands wrote: ``python bench/readme.py [--check]``.
 
-``docs/vizdoom-tiny/rollout.md`` comes from ``flexlam-fast rollout``, ``reconstruct.md`` from ``flexlam-fast reconstruct``,
-``bench/results/*.json`` from ``pytest bench/ --benchmark-only --write-results``.
+In ``docs/vizdoom-tiny``, ``rollout.md`` comes from ``flexlam-fast rollout`` and ``reconstruct.md`` from ``flexlam-fast
+reconstruct``; ``bench/results/*.json`` comes from ``pytest bench/ --benchmark-only --write-results``.
 """
 
 from __future__ import annotations

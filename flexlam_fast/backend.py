@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexlam_fast.errors import BackendError
+from flexlam_fast.errors import BackendError, InputError
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
@@ -60,3 +60,21 @@ def choose(name: str, device: torch.device | str) -> BackendChoice:
                 raise BackendError(f"backend: expected one that runs here, got {name!r}: {status.reason}")
             return BackendChoice(name, f"asked for by name: {status.reason}")
     raise BackendError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that ``name`` means, if it is here; ``auto`` is a GPU where there is one.
+
+    Raises:
+        InputError: for a name torch does not know, or a device this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # torch says "not compiled with CUDA" by an assertion, and everything else by long runtime errors.
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
+    return device

@@ -68,6 +68,11 @@ class BottleneckConfig:
         return len(self.levels)
 
     @property
+    def ladder(self) -> tuple[int, ...]:
+        """The budgets ``1, 2, 4, ...`` below ``K``, and ``K`` itself."""
+        return (*(2**i for i in range(self.slots.bit_length()) if 2**i < self.slots), self.slots)
+
+    @property
     def codebook_size(self) -> int:
         """Codes per slot ``C``."""
         return math.prod(self.levels)
@@ -130,7 +135,8 @@ class SequenceConfig:
     ``window`` frames of context, of which every ``stride``-th keeps its observation block (paper B.1). ``places`` adds
     learned slot and patch embeddings to the input, which a small model needs to learn quickly. ``decisions`` says what
     a training window asks for: ``"last"`` is one decision at its newest frame (paper B.1), ``"all"`` is one at every
-    frame, each seeing exactly what it would see when acting.
+    frame, each seeing exactly what it would see when acting. ``temperature`` is that of the codes when acting: 0 takes
+    the likeliest, 1 draws from what the model learned, which keeps a weak imitator out of loops.
     """
 
     hidden: int = 256
@@ -146,6 +152,7 @@ class SequenceConfig:
     stride: int = 8
     places: bool = False
     decisions: str = "last"
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         modes = ("last", "all")
@@ -157,6 +164,7 @@ class SequenceConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
             _require(number, f"sequence.{name}: expected a positive number, got {value!r}")
         _require(isinstance(self.places, bool), f"sequence.places: expected true or false, got {self.places!r}")
+        _require(0 <= self.temperature < math.inf, f"sequence: expected temperature >= 0, got {self.temperature!r}")
         _require(self.window >= 2, f"sequence: expected a window of at least 2 frames, got {self.window}")
         fits = self.heads % self.kv_heads == 0
         _require(fits, f"sequence: heads {self.heads} is no multiple of kv_heads {self.kv_heads}")

@@ -24,7 +24,7 @@ from flexlam_fast.translator import Translator, encode_actions, no_actions
 from flexlam_fast.types import Actions, Decision
 
 ASSETS = Path(__file__).parent / "assets"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Policy:
@@ -60,8 +60,8 @@ class Policy:
             BackendError: a backend asked for by name that cannot run here.
             InputError: another dtype.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        if dtype not in DTYPES.values():
+            raise InputError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
         self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
         self.backend = choose(backend, self.device)
         with torch.random.fork_rng(devices=[]):
@@ -89,7 +89,7 @@ class Policy:
 
         Args:
             batch_size: number of sessions, when all of them start anew.
-            seed: of everything drawn at random while acting (:meth:`imagine`; actions are greedy).
+            seed: of everything drawn at random while acting: codes at a temperature above 0, and :meth:`imagine`.
             sessions: only these sessions start a new episode, at their next frame; the others go on undisturbed.
 
         Raises:
@@ -111,12 +111,13 @@ class Policy:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     @torch.no_grad()
-    def act(self, frames: Tensor | np.ndarray[Any, Any], budget: int) -> Decision:
+    def act(self, frames: Tensor | np.ndarray[Any, Any], budget: int, *, temperature: float | None = None) -> Decision:
         """Decide for every session (paper Algorithm 1).
 
         Args:
             frames: uint8 ``[B, H, W, C]``, the newest frame of each session, NumPy or torch, host or device.
             budget: ``k``, within ``1..K``; may change at every decision.
+            temperature: of the codes; 0 is greedy, None takes the configuration's.
 
         Returns:
             Decision: actions on the host, the generated codes, the budget, and the frame index of each session.
@@ -126,13 +127,16 @@ class Policy:
             InputError: frames of another shape or dtype; a float frame with NaN is named as such.
         """
         check_budget("budget", budget, 1, self.cfg.bottleneck.slots)
+        heat = self.cfg.sequence.temperature if temperature is None else temperature
+        if not 0 <= heat < float("inf"):
+            raise InputError(f"temperature: expected a number of at least 0, got {heat!r}")
         pixels = normalise(self._frames(frames).to(self.device)).to(self.dtype)
         if bool((self.cache.t >= 0).any()):
             observed = self.lam.encode(self.pixels, pixels)
         else:
             observed = torch.zeros(len(pixels), self.cfg.bottleneck.slots, dtype=torch.int32, device=self.device)
         logits = decode.append(self.sequence, self.cache, observed, pixels)
-        codes = decode.generate(self.sequence, self.cache, logits, budget)
+        codes = decode.generate(self.sequence, self.cache, logits, budget, heat, self.generator)
         latents = self.lam.latents(codes, budget).to(self.dtype)
         self.previous = self.translator.decide(latents, encode_actions(self.previous, self.cfg.translator))
         self.pixels = pixels

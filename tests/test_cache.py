@@ -14,7 +14,7 @@ from flexlam_fast.config import BottleneckConfig, FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import BudgetError, CacheError
 from flexlam_fast.sequence import decode
 from flexlam_fast.sequence.cache import SegmentCache
-from flexlam_fast.sequence.layout import OBSERVATION, history_layout
+from flexlam_fast.sequence.layout import CODES, OBSERVATION, history_layout
 from flexlam_fast.sequence.model import SequenceModel
 
 CPU = torch.device("cpu")
@@ -246,6 +246,18 @@ def test_decision_100_000_is_as_exact_as_the_first_ones() -> None:
     assert int(far.count - near.count) == 10_000_000
 
 
+def test_codes_are_drawn_with_the_odds_of_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, -2.0, 3.0]]).expand(40_000, 4)
+    for temperature in (0.5, 1.0, 4.0):
+        drawn = decode.choose(logits, temperature, torch.Generator().manual_seed(0))
+        assert drawn.shape == (40_000, 1)
+        share = torch.bincount(drawn.flatten(), minlength=4) / 40_000
+        assert torch.allclose(share, (logits[0] / temperature).softmax(-1), atol=0.01)
+    assert decode.choose(logits, 0.0, None).unique().tolist() == [3]
+    large = torch.tensor([[500.0, 1000.0, -1000.0]])  # over 1e-36 this is beyond fp32
+    assert decode.choose(large, 1e-36, None).tolist() == [[1]]
+
+
 def test_the_cache_complains_in_one_sentence() -> None:
     cfg = SHAPES["as tiny"]
     model = SequenceModel(cfg)
@@ -260,3 +272,23 @@ def test_the_cache_complains_in_one_sentence() -> None:
         cache.place_scratch()
     with pytest.raises(CacheError, match="^scratch: expected at most 4 codes in a decision, got one more$"):
         cache.place_scratch()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cache_places_tokens_where_the_layout_does(shape: str) -> None:
+    cfg, frames = SHAPES[shape], 20
+    slots, patches = cfg.bottleneck.slots, cfg.tokens_per_frame
+    layout = history_layout(cfg, frames, 0, "all")
+    first = {(s.frame, s.kind, s.scratch): s.position for s in layout.segments}
+    cache = SegmentCache(cfg, 1, CPU, torch.float32)
+    for t in range(frames):
+        positions = cache.place_append().positions[0].tolist()
+        if t:
+            start = first[t - 1, CODES, False]
+            assert positions[:slots] == list(range(start, start + slots))
+        start = first[t, OBSERVATION, False]
+        assert positions[slots:] == list(range(start, start + patches))
+        scratch = [int(cache.place_scratch().positions) for _ in range(slots - 1)]
+        assert scratch == list(range(start + patches, start + patches + slots - 1))
+    kept = sum(s.length for s in layout.segments if not s.scratch and (s.kind == CODES or s.frame % cache.stride == 0))
+    assert cache.count.tolist() == [kept]

@@ -64,6 +64,14 @@ def test_a_page_is_the_greatest_common_divisor(slots: int, page: int) -> None:
     assert dataclasses.replace(FlexLAMConfig(), bottleneck=BottleneckConfig(slots=slots)).page == page
 
 
+@pytest.mark.parametrize(
+    ("slots", "ladder"),
+    [(16, (1, 2, 4, 8, 16)), (64, (1, 2, 4, 8, 16, 32, 64)), (6, (1, 2, 4, 6)), (1, (1,)), (2, (1, 2))],
+)
+def test_the_ladder_doubles_up_to_the_slots(slots: int, ladder: tuple[int, ...]) -> None:
+    assert BottleneckConfig(slots=slots).ladder == ladder
+
+
 def test_configurations_are_frozen_and_compare_by_value() -> None:
     cfg = FlexLAMConfig.preset("tiny")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -120,6 +128,8 @@ WRONG_PARTS: list[tuple[type, dict[str, Any], str]] = [
     (SequenceConfig, dict(decisions="some"), "sequence: expected decisions in"),
     (SequenceConfig, dict(rope_theta=0.0), "sequence.rope_theta: expected a positive number"),
     (SequenceConfig, dict(rms_eps="1e-6"), "sequence.rms_eps: expected a positive number"),
+    (SequenceConfig, dict(temperature=-1.0), "sequence: expected temperature >= 0, got -1.0"),
+    (SequenceConfig, dict(temperature=float("nan")), "sequence: expected temperature >= 0, got nan"),
     (SequenceConfig, dict(places=1), "sequence.places: expected true or false, got 1"),
     (TranslatorConfig, dict(discrete=(1,)), "translator: expected choices >= 2"),
     (TranslatorConfig, dict(discrete=(), continuous=0), "translator: expected at least one action dimension"),

@@ -25,7 +25,7 @@ from flexlam_fast.evaluate.decoding import Pairs, decode_at
 from flexlam_fast.evaluate.fidelity import CEILING_DB, change, psnr, ssim
 from flexlam_fast.evaluate.load import find_device
 from flexlam_fast.evaluate.reconstruct import Reconstruction, reconstruct_lam
-from flexlam_fast.evaluate.rollout import powers_of_two, rollout
+from flexlam_fast.evaluate.rollout import rollout
 from flexlam_fast.evaluate.sessions import Games, Job, Outcome, evaluation_seed, play_jobs
 from flexlam_fast.evaluate.strip import GAP, HEAD, LABEL, MARGIN, StripRow, pick, strip_png
 from flexlam_fast.evaluate.summary import (
@@ -108,9 +108,9 @@ def test_shares_of_the_expert() -> None:
 
 
 def test_default_budgets() -> None:
-    assert powers_of_two(16) == (1, 2, 4, 8, 16)
-    assert powers_of_two(20) == (1, 2, 4, 8, 16, 20)
-    assert powers_of_two(1) == (1,)
+    assert BottleneckConfig(slots=16).ladder == (1, 2, 4, 8, 16)
+    assert BottleneckConfig(slots=20).ladder == (1, 2, 4, 8, 16, 20)
+    assert BottleneckConfig(slots=1).ladder == (1,)
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

@@ -173,6 +173,27 @@ def test_the_previous_action_reaches_the_translator_until_a_reset() -> None:
     assert torch.equal(first.codes[1], again.codes[1])
 
 
+def test_codes_drawn_at_a_temperature_repeat_from_the_seed() -> None:
+    policy, frames = build(), video(6, 2)
+
+    def run(seed: int, temperature: float | None) -> Tensor:
+        policy.reset(2, seed=seed)
+        return torch.stack([policy.act(frame, K, temperature=temperature).codes for frame in frames])
+
+    greedy = run(0, None)
+    assert torch.equal(run(1, 0.0), greedy), "greedy is the configuration's default and draws nothing"
+    assert torch.equal(run(0, 1e-30), greedy), "the limit of a low temperature"
+    warm = run(0, 1.0)
+    assert torch.equal(run(0, 1.0), warm)
+    assert not torch.equal(run(1, 1.0), warm)
+    assert not torch.equal(warm, greedy)
+    policy.cfg = dataclasses.replace(policy.cfg, sequence=dataclasses.replace(policy.cfg.sequence, temperature=1.0))
+    assert torch.equal(run(0, None), warm)
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"^temperature: expected a number of at least 0, got "):
+            policy.act(frames[0], K, temperature=wrong)
+
+
 def test_a_refused_call_leaves_the_sessions_as_they_were() -> None:
     policy, frames = build(), video(8, 2)
     expected = play(policy, frames, [3] * 8)
@@ -329,7 +350,7 @@ def test_what_is_wrong_is_said_in_one_sentence(frames: Any, budget: Any, kind: t
 
 
 def test_wrong_construction_and_resets_are_refused_in_one_sentence() -> None:
-    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16 or float16, got torch\.float64$"):
+    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16, float16, got torch\.float64$"):
         Policy(small(), dtype=torch.float64)
     with pytest.raises(BackendError, match="^backend: expected one that runs here, got 'triton': "):
         Policy(small(), backend="triton")

@@ -195,7 +195,7 @@ def test_joint_alignment_moves_the_encoder_and_the_policy_takes_it(run: Path, da
     ("change", "error", "sentence"),
     [
         ({"preset": "huge"}, ConfigError, r"preset: expected one of \['dmlab', 'tiny'\], got 'huge'"),
-        ({"device": "cuda:9"}, InputError, "device: expected one that torch has here, got 'cuda:9'"),
+        ({"device": "cuda:9"}, InputError, "device: expected one that this machine has, got 'cuda:9'"),
         ({"steps": 0}, ConfigError, "expected positive steps"),
         ({"prefix": "half"}, ConfigError, "prefix: expected one of"),
         ({"config": None}, DataError, r"expected frames \[64, 64, 3\], got \[16, 16, 3\]"),

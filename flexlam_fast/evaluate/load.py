@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
+from flexlam_fast.backend import find_device
 from flexlam_fast.errors import InputError
-from flexlam_fast.policy import Policy
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from flexlam_fast.policy import DTYPES, Policy
 
 
 def load_policy(checkpoint: str, device: str = "auto", dtype: str = "float32", backend: str = "auto") -> Policy:
@@ -27,21 +24,3 @@ def load_policy(checkpoint: str, device: str = "auto", dtype: str = "float32", b
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     return Policy.from_pretrained(checkpoint, device=find_device(device), dtype=DTYPES[dtype], backend=backend)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device that ``name`` means, if it is here; ``auto`` is a GPU where there is one.
-
-    Raises:
-        InputError: for a name torch does not know, or a device this machine lacks.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch says "not compiled with CUDA" by an assertion, and everything else by long runtime errors.
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
-    return device

@@ -21,11 +21,6 @@ from flexlam_fast.evaluate.summary import Latency, latency, score
 from flexlam_fast.evaluate.table import Cell, RolloutTable, ScenarioScores
 
 
-def powers_of_two(slots: int) -> tuple[int, ...]:
-    """The budgets 1, 2, 4, ... below ``slots``, and ``slots`` itself."""
-    return (*(2**i for i in range(slots.bit_length()) if 2**i < slots), slots)
-
-
 def rollout(
     policy: Actor,
     scenarios: Sequence[str],
@@ -97,7 +92,8 @@ def check_request(
     if isinstance(scenarios, str) or unknown or not scenarios or len(set(scenarios)) < len(scenarios):
         raise InputError(f"scenarios: expected some of {sorted(SCENARIOS)}, each once, got {scenarios!r}")
     slots = policy.cfg.bottleneck.slots
-    chosen = powers_of_two(slots) if budgets is None else tuple(check_budget("budgets", k, 1, slots) for k in budgets)
+    ladder = policy.cfg.bottleneck.ladder
+    chosen = ladder if budgets is None else tuple(check_budget("budgets", k, 1, slots) for k in budgets)
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"budgets: expected at least one, each once, got {chosen}")
     for name, value, low in (("episodes", episodes, 2), ("sessions", sessions, 1)):

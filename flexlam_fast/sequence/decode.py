@@ -31,17 +31,34 @@ def append(model: SequenceModel, cache: SegmentCache, codes: Tensor, pixels: Ten
 
 
 @torch.no_grad()
-def generate(model: SequenceModel, cache: SegmentCache, logits: Tensor, k: int) -> Tensor:
-    """Greedy codes int32 ``[B, k]`` from the logits of the first one; ``k - 1`` further passes.
+def generate(
+    model: SequenceModel,
+    cache: SegmentCache,
+    logits: Tensor,
+    k: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Codes int32 ``[B, k]`` from the logits of the first one; ``k - 1`` further passes.
+
+    ``temperature`` 0 is greedy; above, codes are drawn by ``generator`` from the softmax of ``logits / temperature``.
 
     Raises:
         BudgetError: ``k`` outside ``1..K``.
     """
     check_budget("k", k, 1, cache.slots)
-    chosen = [logits.argmax(-1, keepdim=True)]
+    chosen = [choose(logits, temperature, generator)]
     for slot in range(k - 1):
         x = model.embed_codes(chosen[-1], torch.tensor([slot], device=logits.device))
         place = cache.place_scratch()
         hidden = model(x, place.positions, place.mask, cache.write_to(place))
-        chosen.append(model.logits(hidden[:, -1]).argmax(-1, keepdim=True))
+        chosen.append(choose(model.logits(hidden[:, -1]), temperature, generator))
     return torch.cat(chosen, dim=1).to(torch.int32)
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One code int64 ``[B, 1]`` per row of ``logits [B, C]``."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    below = logits - logits.amax(-1, keepdim=True)  # first, so that a temperature near 0 cannot overflow
+    return torch.multinomial((below / temperature).softmax(-1), 1, generator=generator)

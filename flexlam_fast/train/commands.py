@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from flexlam_fast.backend import find_device
 from flexlam_fast.checkpoint import load_checkpoint
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import CheckpointError, ConfigError, InputError
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.policy import Policy
+from flexlam_fast.policy import DTYPES, Policy
 from flexlam_fast.train.codes import encode_dataset, fingerprint
 from flexlam_fast.train.joint import JointModel, JointStage
 from flexlam_fast.train.lam import LamStage
@@ -69,7 +70,7 @@ def lam(options: RunOptions) -> None:
         options: of the run.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "lam"), _device(options)
+    recipe, device = _recipe(options, "lam"), find_device(options.device)
     _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device), recipe)
 
 
@@ -81,7 +82,7 @@ def sequence(options: RunOptions, lam: Path | None = None) -> None:
         lam: a LAM checkpoint; left out, the run's own, from joint alignment where there is one.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "sequence"), _device(options)
+    recipe, device = _recipe(options, "sequence"), find_device(options.device)
     model = load_lam(lam or _own_lam(options.output)).to(device)
     codes = encode_dataset(model, store, options.output / "codes", device)
     source = fingerprint(model)
@@ -101,7 +102,7 @@ def translator(
         lam: a LAM checkpoint; left out, the run's own.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "translator"), _device(options)
+    recipe, device = _recipe(options, "translator"), find_device(options.device)
     model = load_lam(lam or options.output / "lam" / "last").to(device)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     codes = encode_dataset(model, store, options.output / "codes", device)
@@ -125,7 +126,7 @@ def joint(
         weight: of the action loss beside the LAM's own.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "joint"), _device(options)
+    recipe, device = _recipe(options, "joint"), find_device(options.device)
     model = load_lam(options.output / "lam" / "last").requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -157,7 +158,8 @@ def all_stages(
     """
     if any(value is not None for value in (options.steps, options.batch, options.lr)):
         raise InputError("train all: expected no steps, batch or lr (they differ by stage), got one of them")
-    dtype = _dtype(export_dtype)
+    if export_dtype not in DTYPES:
+        raise InputError(f"export_dtype: expected one of {', '.join(DTYPES)}, got {export_dtype!r}")
     _config(options)
     if not options.data.exists():
         from flexlam_fast.data.collect import collect
@@ -167,7 +169,7 @@ def all_stages(
     align = joint if with_joint else translator
     align(options, labels, labels_from)
     sequence(options)
-    export(options.output, dtype)
+    export(options.output, DTYPES[export_dtype])
 
 
 def export(run: Path, dtype: torch.dtype = torch.float16) -> Policy:
@@ -218,7 +220,12 @@ def _own_lam(run: Path) -> Path:
 def _train(options: RunOptions, stage: Stage, recipe: Recipe) -> None:
     folder = options.output / stage.name
     trainer = Trainer(
-        stage, recipe, folder, device=_device(options), precision=options.precision, tensorboard=options.tensorboard
+        stage,
+        recipe,
+        folder,
+        device=find_device(options.device),
+        precision=options.precision,
+        tensorboard=options.tensorboard,
     )
     done = trainer.run()
     print(f"{folder}: {done.step} steps, best validation loss {done.best:.4f}")
@@ -240,19 +247,3 @@ def _recipe(options: RunOptions, stage: str) -> Recipe:
 
 def _labels(options: RunOptions, labels: float | None) -> float:
     return LABELS[options.preset] if labels is None else labels
-
-
-def _device(options: RunOptions) -> torch.device:
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one that torch has here, got {options.device!r}: {error}") from None
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in known:
-        raise InputError(f"export_dtype: expected one of {sorted(known)}, got {name!r}")
-    return known[name]

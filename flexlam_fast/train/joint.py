@@ -18,7 +18,7 @@ from flexlam_fast.layers import normalise
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.lam import lam_loss, transitions
 from flexlam_fast.train.random import generator, pick, uniform
-from flexlam_fast.train.translator import VALIDATION_LABELS, action_targets, budgets, check_actions, choose_labels
+from flexlam_fast.train.translator import VALIDATION_LABELS, action_targets, check_actions, choose_labels
 from flexlam_fast.translator import Translator, encode_actions, translator_loss
 
 
@@ -78,7 +78,7 @@ class JointStage:
 
     def validate(self) -> Mapping[str, float]:
         """Translator loss on held-out transitions over a ladder of budgets, and the accuracy at each."""
-        ladder = budgets(self.cfg.bottleneck.slots)
+        ladder = self.cfg.bottleneck.ladder
         right, total = dict.fromkeys(ladder, 0), 0.0
         for rows in np.array_split(self.test, max(1, len(self.test) // 256)):
             z = self._encode(rows)

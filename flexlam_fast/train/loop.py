@@ -182,8 +182,8 @@ class Trainer:
             return
         found = load_checkpoint(last)
         notes = json.loads(found.extra_text[TRAINER])
-        ours = {**self._identity(), "config": json.loads(self.stage.cfg.to_json())}
-        theirs = {**notes, "config": json.loads(found.config_json)}
+        ours = {**self._identity(), "config": self.stage.cfg}
+        theirs = {**notes, "config": FlexLAMConfig.from_json(found.config_json)}
         for key, value in ours.items():
             if theirs.get(key) != value:
                 raise CheckpointError(
@@ -211,5 +211,5 @@ def _groups(parameters: Mapping[str, nn.Parameter], decay: float) -> list[dict[s
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

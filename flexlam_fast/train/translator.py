@@ -111,7 +111,7 @@ class TranslatorStage:
     def validate(self) -> Mapping[str, float]:
         """Loss on held-out transitions averaged over a ladder of budgets, and the accuracy at each of them."""
         metrics, total = {}, 0.0
-        ladder = budgets(self.cfg.bottleneck.slots)
+        ladder = self.cfg.bottleneck.ladder
         for k in ladder:
             loss, right = self._loss(self.test, torch.full((len(self.test),), k))
             metrics[f"val/accuracy_k{k}"] = right / len(self.test)
@@ -133,14 +133,6 @@ class TranslatorStage:
         out = self.model(latents, encode_actions(before, self.cfg.translator).to(self.device))
         right = int((out.logits[0].argmax(-1) == target.discrete[:, 0]).sum())
         return translator_loss(out, target), right
-
-
-def budgets(slots: int) -> list[int]:
-    """1, 2, 4, ... up to and with ``slots``."""
-    ladder = [1]
-    while ladder[-1] * 2 < slots:
-        ladder.append(ladder[-1] * 2)
-    return ladder if slots == 1 else [*ladder, slots]
 
 
 def check_actions(cfg: FlexLAMConfig, store: EpisodeStore) -> None:
