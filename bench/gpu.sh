@@ -24,7 +24,7 @@ echo "== sanitizer: nothing to check, this version has no CUDA or Triton kernels
 
 echo "== benches"
 if compgen -G 'bench/test_*.py' >/dev/null; then
-    "$PYTHON" -m pytest bench/ --benchmark-only --benchmark-json "$results/$name.json"
+    "$PYTHON" -m pytest bench/ --benchmark-only --write-results --results-dir "$results"
 else
     echo "none in this version; $results/$name.json was not written"
 fi

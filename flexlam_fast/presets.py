@@ -32,6 +32,7 @@ TINY = FlexLAMConfig(
         stride=4,
         places=True,
         decisions="all",
+        temperature=1.0,
     ),
     translator=TranslatorConfig(depth=5, hidden=96, wide=256, discrete=(len(VIZDOOM_ACTIONS),), names=VIZDOOM_ACTIONS),
 )

@@ -10,6 +10,9 @@ import torch
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 
+# The tests' models are small: a second thread gains little, and on a busy machine the two wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
