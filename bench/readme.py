@@ -1,6 +1,6 @@
 """Writes the README's tables from the files that the commands wrote: ``python bench/readme.py [--check]``.
 
-In ``docs/vizdoom-tiny``, ``rollout.md`` comes from ``flexlam-fast rollout`` and ``reconstruct.md`` from ``flexlam-fast
+In ``docs/vizdoom-tiny``, ``*/rollout.md`` come from ``flexlam-fast rollout`` and ``reconstruct.md`` from ``flexlam-fast
 reconstruct``; ``bench/results/*.json`` comes from ``pytest bench/ --benchmark-only --write-results``.
 """
 
@@ -34,7 +34,7 @@ def bench_tables() -> str:
 def render(text: str) -> str:
     """Return the README with every marked block filled from its source."""
     blocks = {
-        "rollout": (SHIPPED / "rollout.md").read_text(),
+        "rollout": "\n\n".join(path.read_text().strip() for path in sorted(SHIPPED.glob("*/rollout.md"))),
         "reconstruct": (SHIPPED / "reconstruct.md").read_text(),
         "bench": bench_tables(),
     }

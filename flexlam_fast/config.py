@@ -164,7 +164,8 @@ class SequenceConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
             _require(number, f"sequence.{name}: expected a positive number, got {value!r}")
         _require(isinstance(self.places, bool), f"sequence.places: expected true or false, got {self.places!r}")
-        _require(0 <= self.temperature < math.inf, f"sequence: expected temperature >= 0, got {self.temperature!r}")
+        warm = isinstance(self.temperature, int | float) and 0 <= self.temperature < math.inf
+        _require(warm, f"sequence: expected temperature >= 0, got {self.temperature!r}")
         _require(self.window >= 2, f"sequence: expected a window of at least 2 frames, got {self.window}")
         fits = self.heads % self.kv_heads == 0
         _require(fits, f"sequence: heads {self.heads} is no multiple of kv_heads {self.kv_heads}")

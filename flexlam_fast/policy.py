@@ -128,7 +128,7 @@ class Policy:
         """
         check_budget("budget", budget, 1, self.cfg.bottleneck.slots)
         heat = self.cfg.sequence.temperature if temperature is None else temperature
-        if not 0 <= heat < float("inf"):
+        if not isinstance(heat, int | float) or not 0 <= heat < float("inf"):
             raise InputError(f"temperature: expected a number of at least 0, got {heat!r}")
         pixels = normalise(self._frames(frames).to(self.device)).to(self.dtype)
         if bool((self.cache.t >= 0).any()):

@@ -42,6 +42,14 @@ def test_the_commands_exist() -> None:
         assert name in COMMANDS
     for name in re.findall(r"flexlam-fast train ([a-z]+)", text):
         assert name in TRAIN
+    for line in re.findall(r"(?:^|`)(flexlam-fast [a-z][^`\n]* --[^`\n]*)", text, re.M):
+        words = line.split()
+        depth = 3 if words[1] == "train" else 2
+        help_of = [sys.executable, "-m", "flexlam_fast", *words[1:depth], "--help"]
+        shown = subprocess.run(help_of, capture_output=True, text=True, check=True).stdout
+        assert words[depth].startswith("--"), f"{line}: every argument has a name"
+        for word in words[depth:]:
+            assert not word.startswith("--") or f"{word} " in shown or f"{word}," in shown, f"{line}: no {word}"
     make = (ROOT / "Makefile").read_text()
     for name in re.findall(r"^make ([a-z]+)", text, re.M):
         assert f"\n{name}:" in make
