@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flexlam_fast.errors import ConfigError
@@ -28,8 +29,6 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step`` (0-based): warm-up, then a cosine down to a tenth of the peak."""
-        import math
-
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
