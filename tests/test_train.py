@@ -235,6 +235,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(data: Episode
     assert not (tmp_path / "last").exists()
 
 
+def test_a_resumed_log_drops_the_steps_that_are_done_again_and_lines_cut_short(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    log = MetricsLog(tmp_path, 2)
+    log.write(3, {"loss": 30.0})
+    log.close()
+    assert [(m["step"], m["loss"]) for m in metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     log.file.close()
