@@ -45,8 +45,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "joint": Recipe(20_000, 256, 1e-4, warmup=500, validate_every=500, save_every=2000, log_every=100),
     },
     "tiny": {
-        "lam": Recipe(6000, 32, 1e-3),
-        "sequence": Recipe(3000, 16, 1e-3, warmup=150),
+        "lam": Recipe(5000, 32, 1e-3),
+        "sequence": Recipe(3600, 16, 1e-3, warmup=150),
         "translator": Recipe(2000, 256, 1e-3, validate_every=100),
         "joint": Recipe(2000, 32, 5e-4),
     },
@@ -56,4 +56,4 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 LABELS: dict[str, float] = {"dmlab": 0.00025, "tiny": 1024.0}
 
 #: What ``train all`` collects when there is no data: ViZDoom scenarios and their training transitions.
-COLLECTION = {"my_way_home": 40_000, "health_gathering": 50_000, "defend_the_center": 20_000, "take_cover": 15_000}
+COLLECTION = {"my_way_home": 60_000, "health_gathering": 40_000, "defend_the_center": 15_000, "take_cover": 15_000}
