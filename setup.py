@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,27 @@ def missing_tool() -> str | None:
     return None if pybind11_include() else "pybind11"
 
 
+def find_nvcc() -> tuple[Path | None, str]:
+    """Return the CUDA compiler, or None and why the GPU part is left out (``FLEXLAM_BUILD_CUDA=0`` does)."""
+    if os.environ.get("FLEXLAM_BUILD_CUDA") == "0":
+        return None, "FLEXLAM_BUILD_CUDA=0"
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [
+        os.environ.get("CUDACXX"),
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    found = next((path for place in places if place and (path := shutil.which(place))), None)
+    if found is None:
+        return None, "nvcc was not found"
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"release (\d+)\.(\d+)", told)
+    if version is None or int(version[1]) < 12:
+        return None, f"sm_90a needs nvcc 12 or later, {found} is {version[0] if version else 'of no known version'}"
+    return Path(found), ""
+
+
 class CMakeBuild(build_ext):
     """Configure and build in ``build/cmake/<python>``, which is kept so that a second install compiles nothing."""
 
@@ -50,6 +72,9 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / "cmake" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         self._drop_foreign_cache(folder)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        nvcc, why = find_nvcc()
+        if nvcc is None:
+            print(f"flexlam_fast._C is built for the CPU only: {why}.", file=sys.stderr)
         configure = [
             "cmake",
             f"-S{ROOT}",
@@ -59,6 +84,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFLEXLAM_PYBIND11_INCLUDE={self._stable_headers(folder)}",
             f"-DFLEXLAM_MODULE={target.name}",
+            f"-DFLEXLAM_CUDA_COMPILER={nvcc or ''}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder), "--parallel"], check=True)

@@ -1,2 +1,80 @@
+"""The extension of ``csrc/``; tensors go in as addresses, checked by ``flexlam_fast.ops``."""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    flags: str
+    cxx_standard: int
+    pybind11: str
+    threads: bool
+    variants: list[str]
+    cuda: str | Literal[False]
+
 def cpu_features() -> dict[str, bool]: ...
-def build_info() -> dict[str, str | int | bool]: ...
+def build_info() -> BuildInfo: ...
+def chunk_tokens(slots: int, dim: int) -> int: ...
+def sample_prefix(seed: int, offset: int, edges: int, slots: int, keep: int, blocks: int) -> None: ...
+def cuda_partials() -> int: ...
+
+class LevelPattern:
+    def __init__(
+        self, levels: Sequence[int], thresholds: Sequence[float], half: Sequence[float], shift: Sequence[float]
+    ) -> None: ...
+    def forward(
+        self,
+        z: int,
+        latents: int,
+        codes: int,
+        tokens: int,
+        type: int,
+        slots: int,
+        keep: int,
+        null: int,
+        threads: int,
+        variant: str = "",
+    ) -> None: ...
+    def backward(
+        self,
+        grad: int,
+        z: int,
+        grad_z: int,
+        grad_null: int,
+        tokens: int,
+        type: int,
+        slots: int,
+        keep: int,
+        threads: int,
+        variant: str = "",
+    ) -> None: ...
+    def codes_to_latents(
+        self, codes: int, latents: int, tokens: int, slots: int, keep: int, null: int, threads: int
+    ) -> None: ...
+
+class CudaLevels:
+    def __init__(self, pattern: LevelPattern) -> None: ...
+    def forward(
+        self,
+        z: int,
+        latents: int,
+        codes: int,
+        tokens: int,
+        type: int,
+        slots: int,
+        keep: int,
+        null: int,
+        stream: int,
+    ) -> None: ...
+    def backward(
+        self,
+        grad: int,
+        z: int,
+        grad_z: int,
+        grad_null: int,
+        tokens: int,
+        type: int,
+        slots: int,
+        keep: int,
+        stream: int,
+    ) -> None: ...

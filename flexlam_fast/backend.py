@@ -1,10 +1,14 @@
 """Which code runs an operation, decided once, at construction, and never by an environment variable.
 
-``reference`` is plain PyTorch on any device. A backend asked for by name works or raises; only ``auto`` chooses.
+``reference`` is plain PyTorch on any device, ``native`` is C++ and CUDA (``csrc/``), ``triton`` is ``kernels/``. A
+backend asked for by name works or raises; only ``auto`` chooses.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from typing import NamedTuple
 
 import torch
@@ -13,6 +17,7 @@ from flexlam_fast.errors import BackendError, InputError
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
+_SCOPE = "runs the bottleneck; the rest of the model is plain PyTorch in this version"
 
 
 class BackendStatus(NamedTuple):
@@ -30,13 +35,42 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def probe() -> tuple[BackendStatus, ...]:
-    """Return the status of every backend of this version, fastest first. Imports neither triton nor the extension."""
-    return (
-        BackendStatus(NATIVE, False, "this version has no native operations: the extension reports on the CPU only"),
-        BackendStatus(TRITON, False, "this version has no Triton kernels"),
-        BackendStatus(REFERENCE, True, "plain PyTorch, runs on every device that torch runs on"),
-    )
+def probe(device: torch.device | str = "cpu") -> tuple[BackendStatus, ...]:
+    """Return the status of every backend for tensors on ``device``, fastest first. Does not import triton."""
+    reference = BackendStatus(REFERENCE, True, "plain PyTorch, runs on every device that torch runs on")
+    kind = torch.device(device).type
+    # On a GPU both compiled backends move the same bytes; Triton first because it also fuses the projection.
+    return (_triton(kind), _native(kind), reference) if kind == "cuda" else (_native(kind), reference, _triton(kind))
+
+
+def _native(kind: str) -> BackendStatus:
+    if kind not in ("cpu", "cuda"):
+        return BackendStatus(NATIVE, False, f"it has code for cpu and cuda, none for {kind}")
+    if importlib.util.find_spec("flexlam_fast._C") is None:
+        return BackendStatus(NATIVE, False, "the extension was not built (flexlam-fast doctor says what is missing)")
+    try:
+        info = importlib.import_module("flexlam_fast._C").build_info()
+    except ImportError as error:
+        return BackendStatus(NATIVE, False, f"the extension is there but does not load: {error}")
+    if kind == "cpu":
+        return BackendStatus(NATIVE, True, f"C++ for {info['variants'][0]} {_SCOPE}")
+    if not info["cuda"]:
+        return BackendStatus(NATIVE, False, "the extension was built without CUDA, because nvcc was not there")
+    if not torch.cuda.is_available():
+        return BackendStatus(NATIVE, False, "torch sees no CUDA device")
+    return BackendStatus(NATIVE, True, f"CUDA for sm_90 and later {_SCOPE}")
+
+
+def _triton(kind: str) -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(TRITON, False, 'triton is not installed: pip install "flexlam-fast[gpu]"')
+    if kind == "cuda":
+        there = torch.cuda.is_available()
+        return BackendStatus(TRITON, there, f"Triton {_SCOPE}" if there else "torch sees no CUDA device")
+    loaded = sys.modules.get("triton")
+    if kind == "cpu" and loaded is not None and loaded.knobs.runtime.interpret:
+        return BackendStatus(TRITON, True, "Triton's interpreter, for tests: thousands of times slower than a GPU")
+    return BackendStatus(TRITON, False, f"Triton compiles for GPUs, not for {kind}")
 
 
 def choose(name: str, device: torch.device | str) -> BackendChoice:
@@ -49,11 +83,12 @@ def choose(name: str, device: torch.device | str) -> BackendChoice:
     Raises:
         BackendError: there is no such backend, or it was asked for by name and cannot run here.
     """
-    statuses = probe()
+    statuses = probe(device)
     if name == AUTO:
         taken = next(status for status in statuses if status.available)
         others = "; ".join(f"{s.name}: {s.reason}" for s in statuses if not s.available)
-        return BackendChoice(taken.name, f"the fastest of this version on {torch.device(device)} ({others})")
+        without = f" (without {others})" if others else ""
+        return BackendChoice(taken.name, f"the fastest on {torch.device(device)}: {taken.reason}{without}")
     for status in statuses:
         if status.name == name:
             if not status.available:

@@ -90,7 +90,7 @@ def collect_report() -> Report:
         extension=extension,
         tools=tuple(_tool(name, programs) for name, programs in TOOLS),
         packages=tuple(_package(name, extra) for name, extra in PACKAGES),
-        backends=probe(),
+        backends=probe(device),
         auto=choose(AUTO, device),
         checkpoints=tuple(_checkpoints()),
     )
@@ -166,7 +166,8 @@ def _extension() -> tuple[Fact, tuple[str, ...]]:
         return Fact("extension", False, _why_no_extension(error)), ()
     info = _C.build_info()
     built = f"{info['compiler']}, C++ standard {info['cxx_standard']}, flags {info['flags']}"
-    cuda = "with CUDA" if info["cuda"] else "without CUDA"
+    cuda = f"CUDA {info['cuda']}" if info["cuda"] else "without CUDA (no nvcc when it was built)"
+    built += f", code for {', '.join(info['variants'])}"
     present = tuple(name for name, here in _C.cpu_features().items() if here)
     return Fact("extension", True, f"{built}, pybind11 {info['pybind11']}, {cuda}"), present
 

@@ -15,7 +15,7 @@ from flexlam_fast.encoder import Encoder
 from flexlam_fast.errors import InputError
 from flexlam_fast.flow import euler, interpolate, velocity_of
 from flexlam_fast.layers import as_pixels, to_uint8
-from flexlam_fast.ops.fsq import check_prefix
+from flexlam_fast.ops.arguments import check_prefix
 
 
 class LamLoss(NamedTuple):

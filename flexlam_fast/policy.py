@@ -66,7 +66,7 @@ class Policy:
         self.backend = choose(backend, self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.lam = LatentActionModel(cfg, self.backend.name)
+            self.lam = LatentActionModel(cfg, backend)
             self.sequence = SequenceModel(cfg)
             self.translator = Translator(cfg)
         for part in (self.lam, self.sequence, self.translator):

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``flexlam_fast.kernels``; this version has none."""
+"""Triton kernels, installed as ``flexlam_fast.kernels``. Nothing here is imported before a kernel is launched."""

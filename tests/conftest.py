@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Derandomised: a change that passes here passes on the next machine too.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)

@@ -1,20 +1,16 @@
-"""The bottleneck's two ops: check, pick a backend, call (design sections 2 and 5)."""
+"""The bottleneck's ops: check, pick a backend, call (design sections 2 and 5)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flexlam_fast import backend as backends
-from flexlam_fast.checks import check_tensor, describe
-from flexlam_fast.errors import InputError
-from flexlam_fast.ops import reference
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
+from flexlam_fast.backend import AUTO, REFERENCE, TRITON
+from flexlam_fast.checks import check_tensor
+from flexlam_fast.ops import arguments as check
+from flexlam_fast.ops import gradients, philox, reference
 
 
 def fsq(
@@ -28,7 +24,7 @@ def fsq(
     """Quantize latents with FSQ, keep a prefix, and fill the rest with the null latent (paper sections 4.1, A.3).
 
     Args:
-        z: ``[..., K, d]`` floating; arithmetic is fp32 whatever the dtype.
+        z: ``[..., K, d]`` floating; arithmetic is fp32 whatever the dtype. Other than contiguous layouts cost a copy.
         levels: ``d`` integers of at least 2.
         keep: ``[...]`` int32 or int64, retained prefix length of each block, within ``0..K``; None keeps every slot.
         null: ``[d]`` floating, the shared null latent; needed with ``keep``.
@@ -37,17 +33,115 @@ def fsq(
     Returns:
         latents: ``[..., K, d]`` in ``z``'s dtype: FSQ values in ``[-1, 1]`` in slots below ``keep``, ``null`` above.
             The gradient of ``z`` is straight-through; the gradient of ``null`` sums over the suffix slots.
-        codes: ``[..., K]`` int32 in ``[0, C)``, of every slot, whatever ``keep`` is.
+        codes: ``[..., K]`` int32 in ``[0, C)``, of every slot, whatever ``keep`` is. Where ``z`` is NaN the latents
+            are NaN and the code is of no meaning.
 
     Raises:
-        InputError: wrong shape, dtype, device, levels, or ``keep`` outside ``0..K``.
-        BackendError: a backend asked for by name that cannot run here.
+        InputError: wrong shape, dtype, device, levels, or ``keep`` outside ``0..K`` (values are read on the CPU only).
+        BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    check_levels(levels)
-    check_tensor("z", z, ["...", "K", len(levels)], FLOATS)
-    check_prefix(keep, null, z.shape[:-2], z.shape[-2], len(levels), z.device)
-    backends.choose(backend or "auto", z.device)
-    return reference.fsq(z, levels, keep, null)
+    levels = tuple(levels)
+    check.check_levels(levels)
+    check.check_latents("z", z, len(levels))
+    if keep is None:
+        null = None
+    else:
+        check.check_prefix(keep, null, z.shape[:-2], z.shape[-2], len(levels), z.device)
+    name = check.pick(backend or AUTO, z.device, z.dtype, levels)
+    if name == REFERENCE:
+        return reference.fsq(z, levels, keep, null)
+    return gradients.fsq(z, levels, keep, null, name)
+
+
+def fsq_project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    levels: Sequence[int],
+    keep: Tensor | None = None,
+    null: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fsq` of ``x @ weight.T + bias``, the encoder's last projection and the bottleneck in one.
+
+    Triton runs it as one kernel that reads ``x`` once, for ``W`` up to 4096; otherwise PyTorch projects, in fp32 and
+    whatever autocast says. The sums of a projection have no fixed order, so a code may differ between backends where
+    ``z`` lies within rounding of a threshold.
+
+    Args:
+        x: ``[..., K, W]`` floating.
+        weight: ``[d, W]`` floating.
+        bias: ``[d]`` floating, or None.
+        levels: as in :func:`fsq`.
+        keep: as in :func:`fsq`.
+        null: as in :func:`fsq`.
+        backend: as in :func:`fsq`.
+
+    Returns:
+        latents ``[..., K, d]`` in ``x``'s dtype and codes ``[..., K]`` int32, as :func:`fsq` has them, with gradients
+        for ``x``, ``weight``, ``bias`` and ``null``.
+
+    Raises:
+        InputError: wrong shape, dtype, device or levels, or ``keep`` outside ``0..K``.
+        BackendError: a backend asked for by name that cannot run here or does not take such arguments.
+    """
+    levels = tuple(levels)
+    check.check_levels(levels)
+    check.check_latents("x", x, x.shape[-1] if isinstance(x, Tensor) and x.dim() else 1)
+    check_tensor("weight", weight, [len(levels), x.shape[-1]], check.FLOATS, x.device)
+    if bias is not None:
+        check_tensor("bias", bias, [len(levels)], check.FLOATS, x.device)
+    check.check_prefix(keep, null, x.shape[:-2], x.shape[-2], len(levels), x.device)
+    name = check.pick(backend or AUTO, x.device, x.dtype, levels)
+    null = null if keep is not None else None
+    if name == TRITON and x.shape[-1] <= check.MAX_INNER:
+        return gradients.fsq_project(x, weight, bias, levels, keep, null, name)
+    z = reference.project(x, weight, bias)
+    run = reference.fsq if name == REFERENCE else gradients.fsq
+    latents, codes = run(z, levels, keep, null, *(() if name == REFERENCE else (name,)))
+    return latents.to(x.dtype), codes
+
+
+def fsq_sample(
+    z: Tensor,
+    levels: Sequence[int],
+    null: Tensor,
+    seed: Tensor,
+    weights: Sequence[float] | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fsq` whose retained lengths are drawn where ``z`` is, from a counter: no host round trip in training.
+
+    Args:
+        z: ``[..., K, d]`` floating.
+        levels: as in :func:`fsq`.
+        null: ``[d]`` floating.
+        seed: int64 ``[2]`` on ``z``'s device: a key, and the counter of the first block (add the number of blocks to
+            it after a step). Both are read on the device, so a captured graph draws afresh when they change.
+        weights: odds of the lengths ``0..K``; None: all alike (paper A.3).
+        backend: as in :func:`fsq`.
+
+    Returns:
+        latents ``[..., K, d]`` and codes ``[..., K]`` as :func:`fsq` has them, and the lengths ``[...]`` int32, which
+        are the same on every backend.
+
+    Raises:
+        InputError: wrong shape, dtype, device, levels or weights.
+        BackendError: a backend asked for by name that cannot run here or does not take such arguments.
+    """
+    levels = tuple(levels)
+    check.check_levels(levels)
+    check.check_latents("z", z, len(levels))
+    check.check_null(null, len(levels), z.device)
+    check_tensor("seed", seed, [2], torch.int64, z.device)
+    edges = philox.prefix_edges(z.shape[-2], None if weights is None else tuple(weights), z.device)
+    name = check.pick(backend or AUTO, z.device, z.dtype, levels)
+    if name != REFERENCE:
+        return gradients.fsq_sample(z, levels, null, seed, edges, name)
+    keep = philox.sample_prefix(seed, edges, z.shape[:-2].numel()).view(z.shape[:-2])
+    return *reference.fsq(z, levels, keep, null), keep
 
 
 def codes_to_latents(
@@ -71,48 +165,16 @@ def codes_to_latents(
         latents ``[..., K, d]`` fp32. Slots at or beyond ``keep`` do not depend on ``codes`` by a single bit.
 
     Raises:
-        InputError: wrong shape, dtype, device or levels, or a retained code outside ``[0, C)``.
-        BackendError: a backend asked for by name that cannot run here.
+        InputError: wrong shape, dtype, device or levels, or a retained code outside ``[0, C)`` (read on the CPU only).
+        BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    check_levels(levels)
-    check_tensor("codes", codes, ["...", "K"], INTEGERS)
-    check_prefix(keep, null, codes.shape[:-1], codes.shape[-1], len(levels), codes.device)
-    check_codes(codes, levels, keep)
-    backends.choose(backend or "auto", codes.device)
-    return reference.codes_to_latents(codes, levels, keep, null)
-
-
-def check_levels(levels: Sequence[int]) -> None:
-    """Check that ``levels`` is a non-empty sequence of integers of at least 2 whose codes fit in int32."""
-    good = len(levels) > 0 and all(isinstance(n, int) and n >= 2 for n in levels)
-    if not good:
-        raise InputError(f"levels: expected integers of at least 2, got {list(levels)!r}")
-    if math.prod(levels) >= 2**31:
-        raise InputError(f"levels: expected a codebook below 2^31, got {list(levels)!r}")
-
-
-def check_prefix(
-    keep: Tensor | None, null: Tensor | None, blocks: torch.Size, slots: int, dim: int, device: torch.device
-) -> None:
-    """Check ``keep`` and ``null`` against the blocks they belong to."""
-    if keep is None:
-        return
-    check_tensor("keep", keep, list(blocks), INTEGERS, device)
-    if null is None:
-        raise InputError("null: expected a null latent with keep, got None")
-    check_tensor("null", null, [dim], FLOATS, device)
-    # reading a device tensor would stall the stream: values are checked where that costs nothing
-    if device.type == "cpu" and keep.numel() and (int(keep.min()) < 0 or int(keep.max()) > slots):
-        raise InputError(f"keep: expected 0..{slots}, got {int(keep.min())}..{int(keep.max())}")
-
-
-def check_codes(codes: Tensor, levels: Sequence[int], keep: Tensor | None) -> None:
-    """Check that retained codes lie in the codebook (on the CPU, where reading them costs nothing)."""
-    if codes.device.type != "cpu" or not codes.numel():
-        return
-    size = math.prod(levels)
-    wrong = (codes < 0) | (codes >= size)
-    if keep is not None:
-        wrong &= torch.arange(codes.shape[-1]) < keep.unsqueeze(-1)
-    if bool(wrong.any()):
-        raise InputError(f"codes: expected 0..{size - 1}, got {describe(int(codes[wrong][0]))}")
+    levels = tuple(levels)
+    check.check_levels(levels)
+    if not isinstance(codes, Tensor) or codes.dim() < 1 or codes.dtype not in check.INTEGERS:
+        check_tensor("codes", codes, ["...", "K"], check.INTEGERS)
+    check.check_prefix(keep, null, codes.shape[:-1], codes.shape[-1], len(levels), codes.device)
+    check.check_codes(codes, levels, keep)
+    name = check.pick(backend or AUTO, codes.device, torch.float32, levels)
+    if name == REFERENCE:
+        return reference.codes_to_latents(codes, levels, keep, null)
+    return gradients.codes_to_latents(codes, levels, keep, null if keep is not None else None, name)

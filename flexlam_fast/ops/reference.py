@@ -28,14 +28,26 @@ class LevelTable(NamedTuple):
     basis: Tensor
 
 
-@lru_cache(maxsize=64)
 def level_table(levels: tuple[int, ...], device: torch.device) -> LevelTable:
-    """Return the constants of ``levels`` on ``device`` (computed once per pair)."""
-    counts = torch.tensor(levels, dtype=torch.int64)
-    half = (counts - 1) * (1 + _EPS) / 2
-    offset = torch.where(counts % 2 == 0, 0.5, 0.0)
+    """Return the constants of ``levels`` on ``device``, computed once per pair."""
+    # what a compiler or a dispatch mode makes of a constant is not for the next caller
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _level_table(levels, device)
+    return _known_table(levels, device)
+
+
+@lru_cache(maxsize=64)
+def _known_table(levels: tuple[int, ...], device: torch.device) -> LevelTable:
+    with torch.inference_mode(False):
+        return _level_table(levels, device)
+
+
+def _level_table(levels: tuple[int, ...], device: torch.device) -> LevelTable:
+    counts = torch.tensor(levels, dtype=torch.int64, device="cpu")
+    half = (counts - 1).to(torch.float32) * (1 + _EPS) / 2
+    offset = torch.where(counts % 2 == 0, 0.5, 0.0).to(torch.float32)
     shift = (offset / half).atanh()
-    basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))], dtype=torch.int64)
+    basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))], dtype=torch.int64, device="cpu")
     table = LevelTable(half, offset, shift, counts // 2, counts, basis)
     return LevelTable(*(t.to(device) for t in table))
 
@@ -78,3 +90,9 @@ def fsq(z: Tensor, levels: Sequence[int], keep: Tensor | None, null: Tensor | No
 def codes_to_latents(codes: Tensor, levels: Sequence[int], keep: Tensor | None, null: Tensor | None) -> Tensor:
     """Codes to null-filled latents, fp32."""
     return retain_prefix(dequantize(codes, levels), keep, null)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., W]`` times ``weight [d, W]`` plus ``bias [d]``, fp32, autocast or not."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())

@@ -1,0 +1,81 @@
+"""What the compilers made of the kernels: no spills, 16-byte loads and stores, no approximate tanh, code for sm_90a."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+triton = pytest.importorskip("triton")
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """Every variant of the Triton kernels, compiled for sm_90 in a process that does not interpret them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "compile_sm90.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_no_variant_spills_or_approximates(compiled: dict[str, dict[str, Any]]) -> None:
+    assert len(compiled) >= 52
+    assert {name: facts for name, facts in compiled.items() if facts["spilled"] or facts["tanh"]} == {}
+
+
+def test_latents_move_in_words_of_sixteen_bytes(compiled: dict[str, dict[str, Any]]) -> None:
+    """Every load and store of what is large; what is left narrow is a 1/d-th: codes, lengths, edges, partial sums."""
+    for name, facts in compiled.items():
+        kind, *rest = name.split("/")
+        if kind.startswith("project"):  # x is large, and its gradient; latents are not
+            assert facts["wide_loads"] >= (4 if rest[0] != "fp32" else 8), name
+            assert kind == "project" or facts["wide_stores"] == (4 if rest[0] != "fp32" else 8), name
+            continue
+        # 2,048 elements and 128 threads: 16 elements a thread, 4 words of fp32 or 2 of half precision
+        words = 4 if "fp32" in name or kind == "lookup" else 2
+        assert facts["wide_stores"] >= words, name
+        if kind != "lookup":
+            assert facts["wide_loads"] >= (2 if kind == "backward" else 1) * words, name
+
+
+def cuda_extension() -> Path:
+    extension = pytest.importorskip("flexlam_fast._C", exc_type=ImportError)
+    if not extension.build_info()["cuda"]:
+        pytest.skip("the extension was built without nvcc")
+    return Path(extension.__file__)
+
+
+def ask(*args: str) -> str:
+    return subprocess.run([TOOL, *args], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_extension_holds_a_cubin_for_sm_90a_and_ptx_for_what_comes_later() -> None:
+    """That it was imported shows that it needs no driver: this test runs where there is none."""
+    path = str(cuda_extension())
+    assert "sm_90a" in ask("-lelf", path)
+    assert "sm_90" in ask("-lptx", path)
+
+
+def test_the_cuda_kernels_do_not_spill_and_move_words_of_sixteen_bytes() -> None:
+    path = str(cuda_extension())
+    usage = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", ask("-res-usage", path))
+    kernels = [row for row in usage if "flexlam" in row[0]]
+    assert len(kernels) == 2 * 3 * 8, "forward and backward, three dtypes, one to eight channels"
+    spilled = [name for name, _, _, local in kernels if int(local)]
+    functions = re.split(r"\n\s*Function : ", ask("-sass", path))[1:]
+    assert spilled == []
+    for text in functions:
+        name = text.split("\n", 1)[0]
+        assert not re.search(r"\b(STL|LDL)\b", text), name
+        assert re.search(r"LDG\.E\.(EF\.)?128", text), name
+        assert re.search(r"STG\.E\.(EF\.)?128", text), name
+        assert "MUFU.TANH" not in text, name
