@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexlam_fast import errors as errors
     from flexlam_fast import ops as ops
+    from flexlam_fast.accelerate import accelerate as accelerate
     from flexlam_fast.config import FlexLAMConfig as FlexLAMConfig
     from flexlam_fast.errors import FlexLAMError as FlexLAMError
     from flexlam_fast.lam import LatentActionModel as LatentActionModel
@@ -31,6 +32,7 @@ _HOMES = {
     "Policy": "policy",
     "SequenceModel": "sequence.model",
     "Translator": "translator",
+    "accelerate": "accelerate",
     "errors": "errors",
     "ops": "ops",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "SequenceModel",
     "Translator",
     "__version__",
+    "accelerate",
     "errors",
     "ops",
 ]
@@ -54,7 +57,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    value = module if name == _HOMES[name] else getattr(module, name)
+    value = module if name in ("errors", "ops") else getattr(module, name)
     globals()[name] = value
     return value
 
