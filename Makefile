@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test lint bench readme gpu clean
+.PHONY: help install demo test lint bench bench-report readme gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*##/\t/'
 
 install: $(VENV)/.dev  ## everything for development, editable, in $(VENV)
 
@@ -30,8 +30,10 @@ lint: $(VENV)/.dev  ## ruff and mypy
 bench: $(VENV)/.dev  ## the benchmarks on this machine
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
-readme: $(VENV)/.dev  ## fill the README's tables from the files that hold the figures
-	$(BIN)/python bench/readme.py
+bench-report: $(VENV)/.dev  ## fill the README's tables and draw the plots from the files that hold the figures
+	$(BIN)/python bench/report.py
+
+readme: bench-report  ## the same
 
 gpu:  ## everything a GPU machine can say, with the Python that is there and no network
 	PYTHON="$(PYTHON)" bash bench/gpu.sh

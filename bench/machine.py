@@ -1,0 +1,82 @@
+"""What this machine is called and what it can do: the rates that floors are made of, measured in the same run."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import Clock, DeviceClock, WallClock
+
+TRIES = 10
+MEGABYTES_512 = 2**29
+
+
+class Machine:
+    """A device, the clock for kernels and the clock for whole calls on it, and its rates, each measured once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wall: Clock = WallClock(device)
+        self._rates: dict[object, float] = {}
+        self._clock: Clock | None = None
+
+    @property
+    def clock(self) -> Clock:
+        """Device events on a GPU, else the wall clock; made on first use, because it takes memory."""
+        self._clock = self._clock or (DeviceClock(self.device) if self.device.type == "cuda" else self.wall)
+        return self._clock
+
+    def read(self) -> float:
+        """Bytes per second that a plain sum reads from 512 MiB."""
+        return self._rate("read", self._measure_read)
+
+    def copy(self) -> float:
+        """Bytes per second, read and written together, of ``y.copy_(x)`` from 256 MiB to 256 MiB."""
+        return self._rate("copy", self._measure_copy)
+
+    def arithmetic(self, dtype: torch.dtype) -> float:
+        """Operations per second of a large matrix product in ``dtype``: no op here does more."""
+        return self._rate(dtype, partial(self._measure_matmul, dtype))
+
+    def _rate(self, key: object, measure: Callable[[], float]) -> float:
+        if key not in self._rates:
+            self._rates[key] = measure()
+        return self._rates[key]
+
+    def _best(self, side: Callable[[], object]) -> float:
+        """Seconds of the best of ten calls."""
+        return 1e-3 * min(self.clock(side).ms for _ in range(TRIES))
+
+    def _measure_read(self) -> float:
+        x = torch.ones(MEGABYTES_512 // 4, device=self.device)
+        return x.nbytes / self._best(x.sum)
+
+    def _measure_copy(self) -> float:
+        x, y = (torch.ones(MEGABYTES_512 // 8, device=self.device) for _ in range(2))
+        return 2 * x.nbytes / self._best(lambda: y.copy_(x))
+
+    def _measure_matmul(self, dtype: torch.dtype) -> float:
+        size = 8192 if self.device.type == "cuda" else 1024
+        x, y, out = (torch.ones(size, size, dtype=dtype, device=self.device) for _ in range(3))
+        return 2 * size**3 / self._best(lambda: torch.mm(x, y, out=out))
+
+
+def device_name(device: torch.device) -> str:
+    """A name such as ``cpu-2x-intel-xeon`` or ``nvidia-h100-80gb-hbm3``: the model, nothing about the host."""
+    if device.type == "cuda":
+        return slug(torch.cuda.get_device_name(device))
+    model = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next((x.split(":", 1)[1] for x in info.read_text().splitlines() if x.startswith("model name")), model)
+    model = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*", " ", model)
+    return f"cpu-{torch.get_num_threads()}x-{slug(model)}"
+
+
+def slug(text: str) -> str:
+    """Lower case, with a dash for everything that is neither a letter nor a digit."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,106 @@
+"""One plot of a results file: grouped bars of ours and every peer, as multiples of the row's floor.
+
+An SVG carries a digest of the rows and of this file, so that whether it is fresh can be told without matplotlib, whose
+versions do not draw alike to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+# Okabe and Ito's colours, which people with any colour vision can tell apart
+BLUE, GREY = "#0072b2", "#555555"
+PEER_COLORS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+INCHES_WIDE, BAR_INCHES, GAP_BARS, FRAME_INCHES = 9.0, 0.19, 0.6, 1.1
+FARTHEST = 1000  # a row this far above its floor, as a host cost is, is not about the floor: it is left out
+
+
+def digest(report: dict[str, Any]) -> str:
+    """Sha256 of the results and of the code that draws them."""
+    rows = json.dumps(report, sort_keys=True).encode()
+    return hashlib.sha256(rows + Path(__file__).read_bytes()).hexdigest()
+
+
+def is_fresh(svg: str, report: dict[str, Any]) -> bool:
+    """Tell whether ``svg`` was drawn from this report by this code."""
+    return f"sha256 {digest(report)}" in svg
+
+
+def shown_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that have a floor worth comparing with."""
+    return [row for row in report["rows"] if row["floor_ms"] and row["ours_ms"] < FARTHEST * row["floor_ms"]]
+
+
+def draw(report: dict[str, Any]) -> str:
+    """Return the plot as SVG: the same text for the same report and the same matplotlib."""
+    import matplotlib
+
+    salt = {"svg.fonttype": "none", "svg.hashsalt": report["device"]}
+    about = {"Date": None, "Title": f"Benches on {report['device']}", "Description": f"sha256 {digest(report)}"}
+    buffer = io.StringIO()
+    with matplotlib.rc_context(salt):
+        make_figure(report).savefig(buffer, format="svg", metadata=about)
+    return re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.M)
+
+
+def make_figure(report: dict[str, Any]) -> Any:
+    """Return the matplotlib figure, as high as its bars need."""
+    from matplotlib.figure import Figure
+
+    rows = shown_rows(report)
+    bars = sum(1 + len(row["peers"]) + GAP_BARS for row in rows)
+    figure = Figure(figsize=(INCHES_WIDE, FRAME_INCHES + BAR_INCHES * bars), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    draw_bars(axes, rows)
+    dress(axes, report, rows)
+    return figure
+
+
+def draw_bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """From the floor, which is 1, to what each side takes; the milliseconds stand at the end of a bar."""
+    names = sorted({name for row in rows for name in row["peers"]})
+    colors = {OURS: BLUE, **{name: PEER_COLORS[i % len(PEER_COLORS)] for i, name in enumerate(names)}}
+    y, ticks, legend = 0.0, [], {}
+    for row in rows:
+        sides = {OURS: row["ours_ms"], **row["peers"]}
+        for i, (name, ms) in enumerate(sides.items()):
+            times = ms / row["floor_ms"]
+            legend[name] = axes.barh(y + i, times - 1, left=1, height=0.86, color=colors[name], linewidth=0)
+            told = f"{ms:.3g} ms" + ("" if name == OURS else f", {ms / row['ours_ms']:.2f} x ours")
+            axes.text(max(times, 1) * 1.03, y + i, told, va="center", fontsize=7, color="black")
+        ticks.append(y + (len(sides) - 1) / 2)
+        y += len(sides) + GAP_BARS
+    axes.set_yticks(ticks, [row["id"] for row in rows], fontsize=8)
+    axes.set_ylim(y - GAP_BARS, -1)
+    order = [name for name in (OURS, *names) if name in legend]
+    axes.figure.legend(
+        [legend[name] for name in order], order, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+
+
+def dress(axes: Any, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Scale, title and grid; a third of the axis on the right is room for the words of the longest bar."""
+    from matplotlib.ticker import LogLocator
+
+    taken = [ms / row["floor_ms"] for row in rows for ms in (row["ours_ms"], *row["peers"].values())]
+    low, high = min([1.0, *taken]), max([2.0, *taken])
+    axes.set_xscale("log")
+    axes.set_xlim(low if low == 1 else low / 1.1, high * (high / low) ** 0.35)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("times the floor (1: what memory or arithmetic allow; shorter is faster)", fontsize=8)
+    axes.set_title(f"{report['device']}, commit {report['commit'][:9]}", fontsize=9, loc="left")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
