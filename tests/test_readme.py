@@ -19,11 +19,11 @@ def test_the_tables_are_those_of_the_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_the_examples_run(number: int) -> None:
     pytest.importorskip("vizdoom")
     code = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(code) == 2
+    assert len(code) == 3
     exec(compile(code[number], f"README example {number}", "exec"), {"__name__": "example"})
 
 
