@@ -36,7 +36,21 @@ except ImportError:
 else:
     assert pathlib.Path(_C.__file__).parent == here
     print(len(_C.cpu_features()), "instruction sets")
+    import torch
+    z, keep, null = torch.randn(5, 7, 4), torch.tensor([0, 3, 7, 1, 2]), torch.zeros(4)
+    native, reference = (ff.ops.fsq(z, (8, 5, 5, 5), keep, null, backend=b) for b in ("native", "reference"))
+    assert all(map(torch.equal, native, reference))
 """
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """What ``setup.py`` finds, without running the rest of it."""
+    functions, found = (
+        (ROOT / "setup.py").read_text().split("\nmissing = missing_tool()")[0],
+        {"__file__": str(ROOT / "setup.py")},
+    )
+    exec(compile(functions, "setup.py", "exec"), found)
+    return found["find_nvcc"]()  # type: ignore[operator]
 
 
 def run(*command: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -97,6 +111,9 @@ def test_the_wheel_installs_into_an_empty_environment_and_imports_elsewhere(dist
         if path.is_file()
     )
     assert (extension != "pure") == COMPILES
+    with zipfile.ZipFile(wheel) as file:
+        binaries = [file.read(name) for name in file.namelist() if name.endswith(".so")]
+    assert [b"sm_90a" in binary for binary in binaries] == [find_nvcc()[0] is not None] * COMPILES
     assert (home / "bin" / "flexlam-fast").is_file()
 
 
@@ -110,6 +127,40 @@ def test_without_a_compiler_the_wheel_is_pure_and_one_sentence_says_so(source: P
         assert "flexlam_fast/kernels/__init__.py" in file.namelist()
     sentence = "flexlam_fast installs without its native extension: a C++ compiler was not found."
     assert done.stderr.count("without its native extension") == done.stderr.count(sentence) == 1
+
+
+def test_nvcc_is_found_where_it_stands_and_one_sentence_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FLEXLAM_BUILD_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "nvcc"
+
+    def tells(version: str) -> None:
+        fake.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, {version}'\n")
+        fake.chmod(0o755)
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    tells("release 13.0, V13.0.88")
+    assert find_nvcc() == (fake, "")
+    tells("release 11.8, V11.8.89")
+    assert find_nvcc() == (None, f"sm_90a needs nvcc 12 or later, {fake} is release 11.8")
+    monkeypatch.setenv("FLEXLAM_BUILD_CUDA", "0")
+    assert find_nvcc() == (None, "FLEXLAM_BUILD_CUDA=0")
+
+
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler, cmake or Python headers")
+def test_without_nvcc_the_extension_is_built_for_the_cpu_and_one_sentence_says_so(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "dist", "*.egg-info"))
+    environment = {**os.environ, "FLEXLAM_BUILD_CUDA": "0"}
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("flexlam_fast._C is built for the CPU only: FLEXLAM_BUILD_CUDA=0.") == 1
+    (binary,) = (copy / "flexlam_fast").glob("_C*.so")
+    assert b"sm_90a" not in binary.read_bytes()
 
 
 @pytest.mark.skipif(not COMPILES, reason="no C++ compiler, cmake or Python headers")
