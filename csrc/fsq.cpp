@@ -1,6 +1,7 @@
 #include "fsq.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 
@@ -94,7 +95,12 @@ LevelPattern::LevelPattern(std::vector<int> counts, const std::vector<float>& th
         for (int i = 0; i < lanes * dim; ++i) threshold.push_back(thresholds[static_cast<std::size_t>(j) * d + i % dim]);
     for (int i = 0; i < lanes * dim; ++i) {
         const int c = i % dim;
+        const double inverse = 1.0 / (levels[c] / 2);
+        int exponent = 0;
+        const double mantissa = std::frexp(inverse, &exponent);
         half_width.push_back(static_cast<float>(levels[c] / 2));
+        inverse_high.push_back(static_cast<float>(std::ldexp(std::floor(std::ldexp(mantissa, 16)), exponent - 16)));
+        inverse_low.push_back(static_cast<float>(inverse - static_cast<double>(inverse_high.back())));
         weight.push_back(static_cast<int>(basis[c]));
         shift.push_back(shifts[c]);
         gain.push_back(half[c] / static_cast<float>(levels[c] / 2));

@@ -18,7 +18,9 @@ struct LevelPattern {
     std::vector<int> levels;          // [d]
     std::vector<std::int64_t> basis;  // [d]
     std::vector<float> threshold;     // [steps, lanes * d]
-    std::vector<float> half_width;    // [lanes * d], as are the next three
+    std::vector<float> half_width;    // [lanes * d], as are those below
+    std::vector<float> inverse_high;  // 1 / half_width to 16 bits, so that its product with a digit is exact
+    std::vector<float> inverse_low;   // and the rest
     std::vector<int> weight;          // what one digit adds to the code
     std::vector<float> shift;
     std::vector<float> gain;          // half / half_width: the slope of the value over the tanh

@@ -36,9 +36,9 @@ inline V bits(U u) {
     std::memcpy(&v, &u, sizeof v);
     return v;
 }
-template <class V>
-inline V pick(vi condition, V a, V b) {  // condition is all ones or all zeros in each lane
-    return bits<V>((bits<vi>(a) & condition) | (bits<vi>(b) & ~condition));
+template <class T>
+inline T pick(vi condition, T a, T b) {  // condition is all ones or all zeros in each lane
+    return condition ? a : b;
 }
 
 inline vf from_bf16(vh h) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
@@ -99,10 +99,12 @@ inline void write(void* p, Float type, std::int64_t first, const float* from, in
     std::memcpy(static_cast<std::uint16_t*>(p) + first, h, 2 * static_cast<std::size_t>(count));
 }
 
+// Thresholds climb, so the last one at or below x says the digit.
 inline vi digits(const LevelPattern& p, vf x, int at) {
+    const float* threshold = &p.threshold[static_cast<std::size_t>(at)];
     const int width = W * p.dim;
     vi q{};
-    for (int j = 0; j < p.steps; ++j) q -= x >= load<vf>(&p.threshold[static_cast<std::size_t>(j) * width + at]);
+    for (int j = 0; j < p.steps; ++j) q = x >= load<vf>(threshold + j * width) ? vi{} + (j + 1) : q;
     return q;
 }
 
@@ -115,7 +117,32 @@ inline void sum_codes(const std::int32_t* part, std::int32_t* codes, int tokens)
     }
 }
 
+// Adds neighbours: lanes 0 + 1, 2 + 3, ... of `a`, then those of `b`.
+inline vi add_pairs(vi a, vi b) {
+#if FLEXLAM_LANES == 16
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif FLEXLAM_LANES == 8
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// A whole tile where the channels are a power of two: neighbours are added until one number a token is left.
+template <int D>
+inline void sum_tile(const std::int32_t* part, std::int32_t* codes) {
+    vi v[W * D / V];
+    for (int i = 0; i < W * D / V; ++i) v[i] = load<vi>(part + i * V);
+    for (int left = W * D / V; left > W / V; left /= 2)
+        for (int i = 0; i < left / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < W / V; ++i) store(codes + i * V, v[i]);
+}
+
 inline void add_up(int dim, const std::int32_t* part, std::int32_t* codes, int tokens) {
+    if (tokens == W && dim == 4) return sum_tile<4>(part, codes);
+    if (tokens == W && dim == 8) return sum_tile<8>(part, codes);
     switch (dim) {
         case 1: return sum_codes<1>(part, codes, tokens);
         case 2: return sum_codes<2>(part, codes, tokens);
@@ -200,15 +227,20 @@ void forward(const LevelPattern& p, const ForwardArgs& a, std::int64_t first, st
     alignas(64) std::int32_t part[W * max_dim];
     for (std::int64_t t = first; t < last; t += W) {
         const int tokens = static_cast<int>(last - t < W ? last - t : W), count = tokens * p.dim;
-        read(a.z, a.type, t * p.dim, x, count);
+        const bool direct = a.type == Float::f32 && tokens == W;  // no copy to and from a tile of fp32
+        const float* from = direct ? static_cast<const float*>(a.z) + t * p.dim : x;
+        float* to = direct ? static_cast<float*>(a.latents) + t * p.dim : out;
+        if (!direct) read(a.z, a.type, t * p.dim, x, count);
         for (int i = 0; i < W * p.dim; i += V) {
-            const vf v = load<vf>(x + i), half_width = load<vf>(&p.half_width[i]);
+            const vf v = load<vf>(from + i);
             const vi q = digits(p, v, i);
-            const vf value = (__builtin_convertvector(q, vf) - half_width) / half_width;
-            store(out + i, pick<vf>(v != v, v, value));
+            const vf step = __builtin_convertvector(q, vf) - load<vf>(&p.half_width[i]);
+            // by the reciprocal in two parts, which rounds as the division does: a division costs 16 cycles
+            const vf value = step * load<vf>(&p.inverse_high[i]) + step * load<vf>(&p.inverse_low[i]);
+            store(to + i, pick<vf>(v != v, v, value));
             store(part + i, q * load<vi>(&p.weight[i]));
         }
-        write(a.latents, a.type, t * p.dim, out, count);
+        if (!direct) write(a.latents, a.type, t * p.dim, out, count);
         add_up(p.dim, part, a.codes + t, tokens);
     }
     if (!a.prefix.keep) return;
@@ -222,13 +254,16 @@ void backward(const LevelPattern& p, const BackwardArgs& a, std::int64_t first, 
     alignas(64) float x[W * max_dim] = {}, g[W * max_dim] = {}, out[W * max_dim];
     for (std::int64_t t = first; t < last; t += W) {
         const int count = static_cast<int>(last - t < W ? last - t : W) * p.dim;
-        read(a.z, a.type, t * p.dim, x, count);
-        read(a.grad, a.type, t * p.dim, g, count);
+        const bool direct = a.type == Float::f32 && count == W * p.dim;
+        const float* from = direct ? static_cast<const float*>(a.z) + t * p.dim : x;
+        const float* up = direct ? static_cast<const float*>(a.grad) + t * p.dim : g;
+        float* to = direct ? static_cast<float*>(a.grad_z) + t * p.dim : out;
+        if (!direct) read(a.z, a.type, t * p.dim, x, count), read(a.grad, a.type, t * p.dim, g, count);
         for (int i = 0; i < W * p.dim; i += V) {
-            const vf s = slope(load<vf>(x + i) + load<vf>(&p.shift[i]));
-            store(out + i, load<vf>(g + i) * load<vf>(&p.gain[i]) * s);
+            const vf s = slope(load<vf>(from + i) + load<vf>(&p.shift[i]));
+            store(to + i, load<vf>(up + i) * load<vf>(&p.gain[i]) * s);
         }
-        write(a.grad_z, a.type, t * p.dim, out, count);
+        if (!direct) write(a.grad_z, a.type, t * p.dim, out, count);
     }
     if (!a.prefix.keep) return;
     alignas(64) double sums[W * max_dim] = {};
