@@ -14,7 +14,8 @@ from flexlam_fast.backend import choose
 from flexlam_fast.checkpoint import load_checkpoint, match_tensors, save_checkpoint
 from flexlam_fast.checks import check_budget, check_finite, check_tensor
 from flexlam_fast.config import FlexLAMConfig
-from flexlam_fast.errors import CheckpointError, ConfigError, InputError
+from flexlam_fast.deadline import LatencyTable, measure
+from flexlam_fast.errors import BudgetError, CheckpointError, ConfigError, InputError
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.layers import normalise
 from flexlam_fast.sequence import decode
@@ -64,6 +65,7 @@ class Policy:
             raise InputError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
         self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
         self.backend = choose(backend, self.device)
+        self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.lam = LatentActionModel(cfg, backend)
@@ -111,22 +113,32 @@ class Policy:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     @torch.no_grad()
-    def act(self, frames: Tensor | np.ndarray[Any, Any], budget: int, *, temperature: float | None = None) -> Decision:
+    def act(
+        self,
+        frames: Tensor | np.ndarray[Any, Any],
+        budget: int | None = None,
+        *,
+        deadline_ms: float | None = None,
+        temperature: float | None = None,
+    ) -> Decision:
         """Decide for every session (paper Algorithm 1).
 
         Args:
             frames: uint8 ``[B, H, W, C]``, the newest frame of each session, NumPy or torch, host or device.
             budget: ``k``, within ``1..K``; may change at every decision.
+            deadline_ms: in place of ``budget``: take the largest budget whose p99 :meth:`warmup` measured to fit into
+                so many milliseconds. The Decision says which one it was.
             temperature: of the codes; 0 is greedy, None takes the configuration's.
 
         Returns:
             Decision: actions on the host, the generated codes, the budget, and the frame index of each session.
 
         Raises:
-            BudgetError: ``budget`` outside ``1..K``.
-            InputError: frames of another shape or dtype; a float frame with NaN is named as such.
+            BudgetError: ``budget`` outside ``1..K``, or both or neither of ``budget`` and ``deadline_ms``.
+            InputError: frames of another shape or dtype; a float frame with NaN is named as such; a deadline that no
+                budget keeps, or without a warm-up.
         """
-        check_budget("budget", budget, 1, self.cfg.bottleneck.slots)
+        budget = self._budget(budget, deadline_ms)
         heat = self.cfg.sequence.temperature if temperature is None else temperature
         if not isinstance(heat, int | float) or not 0 <= heat < float("inf"):
             raise InputError(f"temperature: expected a number of at least 0, got {heat!r}")
@@ -143,6 +155,43 @@ class Policy:
         # copies, so that a later reset does not change a decision that was handed out
         host = Actions(*(part.to("cpu", copy=True) for part in self.previous))
         return Decision(host, codes.cpu(), budget, self.cache.t.to("cpu", copy=True))
+
+    def warmup(
+        self, budgets: Sequence[int] | None = None, *, batch_size: int | None = None, warm: int = 20, rounds: int = 100
+    ) -> LatencyTable:
+        """Measure what a decision takes on this machine, with full windows, for ``deadline_ms`` to choose by.
+
+        Sessions are not disturbed: the decisions are made in others, on random frames.
+
+        Args:
+            budgets: which ``k``; None takes the powers of two up to K, and K.
+            batch_size: how many sessions act at once; None takes as many as there are now.
+            warm: decisions per budget before the measured ones.
+            rounds: measured decisions per budget; the paper takes 100 (B.6).
+
+        Returns:
+            The table, which the policy keeps for this batch size; print it.
+
+        Raises:
+            BudgetError: a budget outside ``1..K``, or no round to measure.
+        """
+        slots = self.cfg.bottleneck.slots
+        chosen = sorted({*(2**i for i in range(slots.bit_length())), slots}) if budgets is None else list(budgets)
+        for k in chosen:
+            check_budget("budgets", k, 1, slots)
+        check_budget("rounds", rounds, 1, 1_000_000)
+        batch, state = batch_size or self.cache.batch, (self.cache, self.previous, self.pixels, self.generator)
+        try:
+            self.reset(batch)
+            size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
+            frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            for _ in range(self.cfg.sequence.window + 1):
+                self.act(frames, min(chosen))
+            table = measure(lambda k: self.act(frames, k), batch, chosen, warm, rounds)
+        finally:
+            self.cache, self.previous, self.pixels, self.generator = state
+        self.latencies[batch] = table
+        return table
 
     @torch.no_grad()
     def imagine(self, decision: Decision, steps: int | None = None) -> Tensor:
@@ -211,6 +260,19 @@ class Policy:
             if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
                 raise CheckpointError(f"{file}: {key}: expected finite floating numbers, got others")
             t.copy_(tensors[key])
+
+    def _budget(self, budget: int | None, deadline_ms: float | None) -> int:
+        slots = self.cfg.bottleneck.slots
+        if (budget is None) == (deadline_ms is None):
+            got = "neither" if budget is None else "both"
+            raise BudgetError(f"budget: expected an integer in 1..{slots} or deadline_ms, got {got}")
+        if deadline_ms is None:
+            return check_budget("budget", budget, 1, slots)
+        table = self.latencies.get(self.cache.batch)
+        if table is None:
+            size = self.cache.batch
+            raise InputError(f"deadline_ms: expected a warm-up first, policy.warmup(batch_size={size}), got none")
+        return table.largest_within(deadline_ms)
 
     def _frames(self, frames: Tensor | np.ndarray[Any, Any]) -> Tensor:
         if isinstance(frames, np.ndarray) and frames.dtype.kind in "buif":

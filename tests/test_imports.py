@@ -18,7 +18,7 @@ ROWS = (
     ("ops",),
     ("layers",),
     STAGES,
-    ("lam", "policy", "checkpoint", "accelerate"),
+    ("lam", "deadline", "policy", "checkpoint", "accelerate"),
     ("data", "train", "evaluate", "report", "testing", "doctor"),
     ("cli", "__main__"),
 )

@@ -326,7 +326,7 @@ FRAME = video(1, 2)[0]
         (FRAME, -1, BudgetError, r"^budget: expected an integer in 1\.\.6, got -1$"),
         (FRAME, 2.0, BudgetError, r"^budget: expected an integer in 1\.\.6, got 2\.0$"),
         (FRAME, True, BudgetError, r"^budget: expected an integer in 1\.\.6, got True$"),
-        (FRAME, None, BudgetError, r"^budget: expected an integer in 1\.\.6, got None$"),
+        (FRAME, None, BudgetError, r"^budget: expected an integer in 1\.\.6 or deadline_ms, got neither$"),
         (torch.full((2, SIZE, SIZE, 3), torch.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
         (np.full((2, SIZE, SIZE, 3), np.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
         (FRAME.float(), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,16,3\] float32 cpu$"),
