@@ -34,7 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = Results(Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # on a GPU, whose time may be short, after every row; elsewhere a run that fails leaves the old file as it was
+    early = config.getoption("--write-results") and device.type == "cuda"
+    config.stash[RESULTS] = Results(Machine(device), Path(config.getoption("--results-dir")) if early else None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -43,10 +44,10 @@ def floor_ms(work: Work, bandwidth: float, rate: float) -> float:
 
 
 class Results:
-    """What a run measured, and on which machine."""
+    """What a run measured, and on which machine; with ``early`` the file in that folder is written after every row."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine, early: Path | None = None) -> None:
+        self.machine, self.early = machine, early
         self.rows: list[Row] = []
 
     @property
@@ -67,6 +68,8 @@ class Results:
         row = Row(row_id, ours, peers, floor_ms(work, read, rate), "; ".join([*told, note]))
         self.rows.append(row)
         benchmark.extra_info.update(row._asdict())
+        if self.early is not None:
+            self.write(self.early)
 
     def report(self) -> dict[str, Any]:
         """Return what the results file of this device holds."""
@@ -124,6 +127,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """Return the commit that was measured, with ``-dirty`` if tracked files had changed."""
+    if told := os.environ.get("FLEXLAM_COMMIT"):  # for a copy of the tree without its history
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

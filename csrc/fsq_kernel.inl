@@ -117,16 +117,21 @@ inline void sum_codes(const std::int32_t* part, std::int32_t* codes, int tokens)
     }
 }
 
+inline vi lanes_from(int first) {  // first, first + 2, ...: a constant once it is inlined
+    vi v{};
+    for (int i = 0; i < V; ++i) v[i] = first + 2 * i;
+    return v;
+}
+
 // Adds neighbours: lanes 0 + 1, 2 + 3, ... of `a`, then those of `b`.
 inline vi add_pairs(vi a, vi b) {
-#if FLEXLAM_LANES == 16
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif FLEXLAM_LANES == 8
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    const vi even = lanes_from(0), odd = lanes_from(1);
+#ifdef __clang__
+    vi x{}, y{};
+    for (int i = 0; i < V; ++i) x[i] = even[i] < V ? a[even[i]] : b[even[i] - V], y[i] = odd[i] < V ? a[odd[i]] : b[odd[i] - V];
+    return x + y;
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 #endif
 }
 

@@ -14,8 +14,13 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 GompParallel runtime() {
     // looked up by name: linking to one would bring a second runtime with threads of its own into the process
-    static const GompParallel found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
+    static std::atomic<GompParallel> found{nullptr};
+    GompParallel entry = found.load();
+    if (!entry) {  // it may be loaded later than this extension
+        entry = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        found.store(entry);
+    }
+    return entry;
 }
 
 struct Job {

@@ -58,12 +58,16 @@ def _native(kind: str) -> BackendStatus:
         return BackendStatus(NATIVE, False, "the extension was built without CUDA, because nvcc was not there")
     if not torch.cuda.is_available():
         return BackendStatus(NATIVE, False, "torch sees no CUDA device")
+    if torch.cuda.get_device_capability() < (9, 0):
+        return BackendStatus(NATIVE, False, f"it has code for sm_90 and later, this is {torch.cuda.get_device_name()}")
     return BackendStatus(NATIVE, True, f"CUDA for sm_90 and later {_SCOPE}")
 
 
 def _triton(kind: str) -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(TRITON, False, 'triton is not installed: pip install "flexlam-fast[gpu]"')
+    if importlib.util.find_spec("flexlam_fast.kernels") is None:
+        return BackendStatus(TRITON, False, "flexlam_fast.kernels is missing: install the package, pip install -e .")
     if kind == "cuda":
         there = torch.cuda.is_available()
         return BackendStatus(TRITON, there, f"Triton {_SCOPE}" if there else "torch sees no CUDA device")

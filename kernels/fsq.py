@@ -38,17 +38,19 @@ def _retained(group, column, keep_ptr, keep_out_ptr, seed_ptr, edges_ptr, first,
             tl.store(keep_out_ptr + block, keep, mask=(slot == 0) & (start < end))
         else:
             keep = tl.load(keep_ptr + block, mask=start < end, other=0)
-        return slot[:, None] + in_group[None, :] < keep[:, None]
-    token = first + group[:, None] * GROUP + in_group[None, :]
-    block = token // SLOTS
-    slot = (token - block * SLOTS).to(tl.int32)
-    there = (token < end) & (column < GROUP * DIM)[None, :]
-    if SAMPLE:
-        keep = draw_length(block, seed_ptr, edges_ptr, SLOTS, BITS)
-        tl.store(keep_out_ptr + block, keep, mask=there & (slot == 0) & (column % DIM == 0)[None, :])
+        kept = slot[:, None] + in_group[None, :] < keep[:, None]
     else:
-        keep = tl.load(keep_ptr + block, mask=there, other=0)
-    return slot < keep
+        token = first + group[:, None] * GROUP + in_group[None, :]
+        block = token // SLOTS
+        slot = (token - block * SLOTS).to(tl.int32)
+        there = (token < end) & (column < GROUP * DIM)[None, :]
+        if SAMPLE:
+            keep = draw_length(block, seed_ptr, edges_ptr, SLOTS, BITS)
+            tl.store(keep_out_ptr + block, keep, mask=there & (slot == 0) & (column % DIM == 0)[None, :])
+        else:
+            keep = tl.load(keep_ptr + block, mask=there, other=0)
+        kept = slot < keep
+    return kept
 
 
 @triton.jit
@@ -199,7 +201,15 @@ def columns(levels: tuple[int, ...], group: int, device: torch.device) -> tuple[
     weight, counts = (x.to(torch.int32).repeat(group) for x in (table.basis, table.levels))
     one = torch.ones(pad, dtype=torch.int32, device=device)
     wide = torch.cat([floats, fill], dim=1).contiguous()
-    return wide, torch.cat([weight, 0 * one]), torch.cat([weight, one]), torch.cat([counts, 2 * one])
+    made = wide, torch.cat([weight, 0 * one]), torch.cat([weight, one]), torch.cat([counts, 2 * one])
+    settle(device)
+    return made
+
+
+def settle(device: torch.device) -> None:
+    """Wait until constants that are to be cached are written: the next caller may be on another stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def tiles_of(tokens: int, levels: tuple[int, ...], size: int, device: torch.device) -> list[Tile]:

@@ -24,8 +24,10 @@ def fsq_sample(
     z: Tensor, levels: tuple[int, ...], null: Tensor, seed: Tensor, edges: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward with lengths drawn in the same launch."""
-    keep = torch.empty(z.shape[:-2], dtype=torch.int32, device=z.device)
-    return _forward(z, levels, keep, null, seed, edges)
+    # zeros: where blocks have no slots, no program writes a length
+    make = torch.empty if z.numel() else torch.zeros
+    keep = make(z.shape[:-2], dtype=torch.int32, device=z.device)
+    return _forward(z, levels, keep, null, seed.contiguous(), edges)
 
 
 def _forward(
@@ -120,7 +122,7 @@ def fsq_project_backward(
     """Gradients of x, and in fp32 of weight ``[d, W]``, bias ``[d]`` and null ``[d]``."""
     x, weight = x.contiguous(), weight.float().contiguous()
     grad, grad_x, dim, inner = grad.contiguous(), torch.empty_like(x), len(levels), x.shape[-1]
-    tokens = x.numel() // inner if inner else 0
+    tokens = grad.numel() // dim
     tile = project.tile_of(tokens, inner)
     programs = min(tile.tiles, project.PROGRAMS)
     sums = torch.zeros(max(programs, 1), dim, tile.span + 2, dtype=torch.float32, device=x.device)
@@ -133,7 +135,9 @@ def fsq_project_backward(
                 PREFIX=keep is not None, INTERPRET=kernels.INTERPRETED, num_warps=tile.warps,
             )  # fmt: skip
     total = sums.sum(0)
-    return grad_x, total[:, :inner], total[:, tile.span], total[:, tile.span + 1]
+    # tensors of their own, as the schema promises: views of one would alias
+    weights, biases, nulls = (total[:, part].contiguous() for part in (slice(inner), tile.span, tile.span + 1))
+    return grad_x, weights, biases, nulls
 
 
 def _prefix(keep: Tensor | None, null: Tensor | None, unused: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,19 +148,16 @@ def _prefix(keep: Tensor | None, null: Tensor | None, unused: Tensor) -> tuple[T
 
 
 def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
-    return _zeros(weight.shape[0], weight.device) if bias is None else bias.float().contiguous()
-
-
-@lru_cache(maxsize=64)
-def _zeros(size: int, device: torch.device) -> Tensor:
-    return torch.zeros(size, dtype=torch.float32, device=device)
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias.float().contiguous()
 
 
 @lru_cache(maxsize=64)
 def _constants(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return one token's constants without padding: fp32 ``[5 + steps, d]`` and int32 ``[d]``."""
     floats, weight, _, _ = kernels.columns(levels, 1, device)
-    return floats[:, : len(levels)].contiguous(), weight[: len(levels)].contiguous()
+    made = floats[:, : len(levels)].contiguous(), weight[: len(levels)].contiguous()
+    kernels.settle(device)
+    return made
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -63,18 +63,21 @@ def _sum_of(part, token, which: tl.constexpr):
 @triton.jit
 def add_up(part, token, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Sum ``part [ROWS, WIDTH]`` over the channels of each of ``GROUP`` tokens: ``[ROWS, GROUP]``."""
+    # one return at the end: what follows a return under a constexpr is compiled all the same
     if GROUP * DIM == WIDTH:
-        return tl.sum(tl.reshape(part, [ROWS, GROUP, DIM]), axis=2)
-    if GROUP == 1:
-        return tl.reshape(tl.sum(part, axis=1), [ROWS, 1])
-    even = tl.join(_sum_of(part, token, 0), _sum_of(part, token, GROUP // 2))
-    odd = tl.join(_sum_of(part, token, GROUP // 4), _sum_of(part, token, GROUP // 2 + GROUP // 4))
-    quarters = tl.join(even, odd)  # [ROWS, halves, quarters], the order of a reshape
-    if GROUP == 8:
-        even = tl.join(_sum_of(part, token, 1), _sum_of(part, token, 5))
-        odd = tl.join(_sum_of(part, token, 3), _sum_of(part, token, 7))
-        quarters = tl.join(quarters, tl.join(even, odd))
-    return tl.reshape(quarters, [ROWS, GROUP])
+        out = tl.sum(tl.reshape(part, [ROWS, GROUP, DIM]), axis=2)
+    elif GROUP == 1:
+        out = tl.reshape(tl.sum(part, axis=1), [ROWS, 1])
+    else:
+        even = tl.join(_sum_of(part, token, 0), _sum_of(part, token, GROUP // 2))
+        odd = tl.join(_sum_of(part, token, GROUP // 4), _sum_of(part, token, GROUP // 2 + GROUP // 4))
+        parts = tl.join(even, odd)  # [ROWS, halves, quarters], the order of a reshape
+        if GROUP == 8:
+            even = tl.join(_sum_of(part, token, 1), _sum_of(part, token, 5))
+            odd = tl.join(_sum_of(part, token, 3), _sum_of(part, token, 7))
+            parts = tl.join(parts, tl.join(even, odd))
+        out = tl.reshape(parts, [ROWS, GROUP])
+    return out
 
 
 @triton.jit

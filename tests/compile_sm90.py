@@ -27,30 +27,44 @@ def width(elements: int) -> int:
     return int(triton.next_power_of_2(elements))
 
 
-def forward(kind: str, dim: int, prefix: bool, sample: bool, slots: int = 64) -> tuple[Any, ...]:
-    group = 16 // TYPES[kind]
+def rows(span: int, single: bool) -> int:
+    """Rows of a full tile, or of the at most seven single tokens that are left over."""
+    return 8 if single else fsq.ELEMENTS // span
+
+
+def forward(kind: str, dim: int, prefix: bool, sample: bool, slots: int = 64, single: bool = False) -> tuple[Any, ...]:
+    group = 1 if single else 16 // TYPES[kind]
     span = width(group * dim)
     pointers = {"z_ptr": kind, "latents_ptr": kind, "codes_ptr": "i32", "keep_ptr": "i32", "null_ptr": "fp32"}
     pointers |= {"seed_ptr": "i64", "edges_ptr": "i64", "table_ptr": "fp32", "weight_ptr": "i32"}
-    constants = dict(SLOTS=slots, DIM=dim, GROUP=group, WIDTH=span, ROWS=fsq.ELEMENTS // span, STEPS=7, PREFIX=prefix)
+    constants = dict(
+        SLOTS=slots,
+        DIM=dim,
+        GROUP=group,
+        WIDTH=span,
+        ROWS=rows(span, single),
+        STEPS=7,
+        PREFIX=prefix,
+    )
     constants |= dict(SAMPLE=sample, BITS=7, INTERPRET=False)
     return fsq.fsq_forward_kernel, pointers, {"first": "i32", "end": "i32"}, constants, 4
 
 
-def backward(kind: str, dim: int, prefix: bool, with_null: bool) -> tuple[Any, ...]:
-    group = 16 // TYPES[kind]
+def backward(kind: str, dim: int, prefix: bool, with_null: bool, single: bool = False) -> tuple[Any, ...]:
+    group = 1 if single else 16 // TYPES[kind]
     span = width(group * dim)
     pointers = {"grad_ptr": kind, "z_ptr": kind, "grad_z_ptr": kind, "sums_ptr": "fp32", "keep_ptr": "i32"}
-    constants = dict(SLOTS=64, DIM=dim, GROUP=group, WIDTH=span, ROWS=fsq.ELEMENTS // span, PREFIX=prefix)
+    constants = dict(SLOTS=64, DIM=dim, GROUP=group, WIDTH=span, ROWS=rows(span, single), PREFIX=prefix)
     constants |= dict(WITH_NULL=with_null, INTERPRET=False)
     scalars = {"first": "i32", "end": "i32", "tiles": "i32"}
     return fsq.fsq_backward_kernel, pointers | {"table_ptr": "fp32"}, scalars, constants, 4
 
 
-def lookup(dim: int, prefix: bool) -> tuple[Any, ...]:
-    span = width(4 * dim)
+def lookup(dim: int, prefix: bool, single: bool = False) -> tuple[Any, ...]:
+    group = 1 if single else 4
+    span = width(group * dim)
     pointers = {"codes_ptr": "i32", "latents_ptr": "fp32", "keep_ptr": "i32", "null_ptr": "fp32", "basis_ptr": "i32"}
-    constants = dict(SLOTS=64, DIM=dim, GROUP=4, WIDTH=span, ROWS=fsq.ELEMENTS // span, PREFIX=prefix)
+    constants = dict(SLOTS=64, DIM=dim, GROUP=group, WIDTH=span, ROWS=rows(span, single), PREFIX=prefix)
     return (
         fsq.lookup_kernel,
         pointers | {"levels_ptr": "i32", "table_ptr": "fp32"},
@@ -88,6 +102,13 @@ def variants() -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"backward/{kind}/d{dim}/prefix{prefix:d}/null{null:d}", backward(kind, dim, prefix, null)
             yield f"project/{kind}/d{dim}", projected(kind, dim, True, False)
             yield f"project_backward/{kind}/d{dim}", projected(kind, dim, True, True)
+    for dim in (1, 3, 4):  # what few tokens are left over
+        for kind in ("fp32", "bf16"):
+            yield f"single/forward/{kind}/d{dim}", forward(kind, dim, True, True, single=True)
+            yield f"single/backward/{kind}/d{dim}", backward(kind, dim, True, True, single=True)
+        yield f"single/lookup/d{dim}", lookup(dim, True, single=True)
+    for back in (False, True):
+        yield f"single/project/fp32/d4/back{back:d}", projected("fp32", 4, False, back)
     yield "forward/fp32/d8/prefix1/sample0", forward("fp32", 8, True, False)
     yield "forward/fp32/d4/odd_slots", forward("fp32", 4, True, False, slots=5)
     for dim in (4, 5):

@@ -138,13 +138,14 @@ def test_the_device_clock_flushes_before_one_call_and_warms_before_the_other(mon
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=4096))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"), raising=False)
     clock = measure.DeviceClock(torch.device("cpu"))
     assert clock.scratch.nbytes == 2 * 4096
     flush = clock.flush
     monkeypatch.setattr(clock, "flush", lambda: (flush(), done.append("flush")))
     turn = clock(lambda: done.append("call"))
-    assert done == ["flush", "event", "call", "event", "wait", "call", "event", "call", "event", "wait"]
-    assert (turn.ms, turn.warm) == (5.0, 10.0)
+    assert done == ["flush", "event", "call", "event", "wait", "call", "sleep", "event", "call", "event", "wait"]
+    assert (turn.ms, turn.warm) == (5.0, 11.0)
     assert 0 < turn.host < 1000
     assert measure.calls_per_turn(1e-6, clock.turn_ms) == 1, "events time single calls"
 

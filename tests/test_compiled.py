@@ -21,6 +21,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 def compiled() -> dict[str, dict[str, Any]]:
     """Every variant of the Triton kernels, compiled for sm_90 in a process that does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(HERE / "compile_sm90.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -28,7 +29,7 @@ def compiled() -> dict[str, dict[str, Any]]:
 
 
 def test_no_variant_spills_or_approximates(compiled: dict[str, dict[str, Any]]) -> None:
-    assert len(compiled) >= 52
+    assert len(compiled) >= 69
     assert {name: facts for name, facts in compiled.items() if facts["spilled"] or facts["tanh"]} == {}
 
 
@@ -36,6 +37,8 @@ def test_latents_move_in_words_of_sixteen_bytes(compiled: dict[str, dict[str, An
     """Every load and store of what is large; what is left narrow is a 1/d-th: codes, lengths, edges, partial sums."""
     for name, facts in compiled.items():
         kind, *rest = name.split("/")
+        if kind == "single":  # at most 7 tokens of a batch
+            continue
         if kind.startswith("project"):  # x is large, and its gradient; latents are not
             assert facts["wide_loads"] >= (4 if rest[0] != "fp32" else 8), name
             assert kind == "project" or facts["wide_stores"] == (4 if rest[0] != "fp32" else 8), name
@@ -61,7 +64,7 @@ def ask(*args: str) -> str:
 def test_the_extension_holds_a_cubin_for_sm_90a_and_ptx_for_what_comes_later() -> None:
     """That it was imported shows that it needs no driver: this test runs where there is none."""
     path = str(cuda_extension())
-    assert "sm_90a" in ask("-lelf", path)
+    assert re.search(r"arch = sm_90a\b", ask("-res-usage", path))
     assert "sm_90" in ask("-lptx", path)
 
 

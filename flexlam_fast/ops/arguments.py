@@ -19,7 +19,7 @@ from flexlam_fast.ops.thresholds import MAX_LEVELS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-MAX_INNER = 4096  # a program of the fused projection holds whole rows
+MAX_INNER = 2048  # a program of the fused projection holds whole rows
 _KERNEL_FLOATS = FLOATS[:3]
 _MAX_DIM, _MAX_LEVELS_NATIVE_CUDA = 8, 64
 
@@ -60,8 +60,7 @@ def check_prefix(
     if null is None:
         raise InputError("null: expected a null latent with keep, got None")
     check_null(null, dim, device)
-    # reading a device tensor would stall the stream, and a traced one has no values
-    if device.type != "cpu" or not keep.numel() or torch.compiler.is_compiling():
+    if not _readable(keep):
         return
     low, high = map(int, torch.aminmax(keep))
     if low < 0 or high > slots:
@@ -74,9 +73,15 @@ def check_null(null: Tensor, dim: int, device: torch.device) -> None:
         check_tensor("null", null, [dim], FLOATS, device)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading values is possible and free: a traced tensor has none, one on a GPU would stall its stream."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
+
+
 def check_codes(codes: Tensor, levels: Sequence[int], keep: Tensor | None) -> None:
     """Check that retained codes lie in the codebook (on the CPU, where reading them costs little)."""
-    if codes.device.type != "cpu" or not codes.numel() or torch.compiler.is_compiling():
+    if not _readable(codes):
         return
     size = math.prod(levels)
     low, high = map(int, torch.aminmax(codes))
@@ -84,7 +89,7 @@ def check_codes(codes: Tensor, levels: Sequence[int], keep: Tensor | None) -> No
         return
     wrong = (codes < 0) | (codes >= size)
     if keep is not None:
-        wrong &= torch.arange(codes.shape[-1]) < keep.unsqueeze(-1)
+        wrong &= torch.arange(codes.shape[-1], device=codes.device) < keep.unsqueeze(-1)
     if bool(wrong.any()):
         raise InputError(f"codes: expected 0..{size - 1}, got {describe(int(codes[wrong][0]))}")
 

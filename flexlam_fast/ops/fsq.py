@@ -48,7 +48,7 @@ def fsq(
     else:
         check.check_prefix(keep, null, z.shape[:-2], z.shape[-2], len(levels), z.device)
     name = check.pick(backend or AUTO, z.device, z.dtype, levels)
-    if name == REFERENCE:
+    if name == REFERENCE or (backend in (None, AUTO) and gradients.is_transformed()):
         return reference.fsq(z, levels, keep, null)
     return gradients.fsq(z, levels, keep, null, name)
 
@@ -65,7 +65,7 @@ def fsq_project(
 ) -> tuple[Tensor, Tensor]:
     """:func:`fsq` of ``x @ weight.T + bias``, the encoder's last projection and the bottleneck in one.
 
-    Triton runs it as one kernel that reads ``x`` once, for ``W`` up to 4096; otherwise PyTorch projects, in fp32 and
+    Triton runs it as one kernel that reads ``x`` once, for ``W`` up to 2048; otherwise PyTorch projects, in fp32 and
     whatever autocast says. The sums of a projection have no fixed order, so a code may differ between backends where
     ``z`` lies within rounding of a threshold.
 
@@ -98,8 +98,7 @@ def fsq_project(
     if name == TRITON and x.shape[-1] <= check.MAX_INNER:
         return gradients.fsq_project(x, weight, bias, levels, keep, null, name)
     z = reference.project(x, weight, bias)
-    run = reference.fsq if name == REFERENCE else gradients.fsq
-    latents, codes = run(z, levels, keep, null, *(() if name == REFERENCE else (name,)))
+    latents, codes = fsq(z, levels, keep, null, backend=backend)
     return latents.to(x.dtype), codes
 
 
@@ -138,7 +137,7 @@ def fsq_sample(
     check_tensor("seed", seed, [2], torch.int64, z.device)
     edges = philox.prefix_edges(z.shape[-2], None if weights is None else tuple(weights), z.device)
     name = check.pick(backend or AUTO, z.device, z.dtype, levels)
-    if name != REFERENCE:
+    if name != REFERENCE and not (backend in (None, AUTO) and gradients.is_transformed()):
         return gradients.fsq_sample(z, levels, null, seed, edges, name)
     keep = philox.sample_prefix(seed, edges, z.shape[:-2].numel()).view(z.shape[:-2])
     return *reference.fsq(z, levels, keep, null), keep
@@ -175,6 +174,6 @@ def codes_to_latents(
     check.check_prefix(keep, null, codes.shape[:-1], codes.shape[-1], len(levels), codes.device)
     check.check_codes(codes, levels, keep)
     name = check.pick(backend or AUTO, codes.device, torch.float32, levels)
-    if name == REFERENCE:
+    if name == REFERENCE or (backend in (None, AUTO) and gradients.is_transformed()):
         return reference.codes_to_latents(codes, levels, keep, null)
     return gradients.codes_to_latents(codes, levels, keep, null if keep is not None else None, name)

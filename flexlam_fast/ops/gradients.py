@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from flexlam_fast.ops import contracts
@@ -18,14 +19,22 @@ Levels = tuple[int, ...]
 OPS = torch.ops.flexlam_fast
 
 
-def is_plain(tensor: Tensor) -> bool:
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_is_compiling, _count_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing stands between a call and its kernel: no compiler, mode, transform or tensor subclass."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (_is_compiling() or _count_modes() or _transform() is not None)
+
+
+def is_transformed() -> bool:
+    """Whether functorch or forward-mode differentiation looks on; the compiled ops have a rule for neither."""
+    return not _is_compiling() and (_transform() is not None or forward_ad._current_level >= 0)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -39,7 +48,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def fsq(z: Tensor, levels: Levels, keep: Tensor | None, null: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """Latents and codes."""
-    if not is_plain(z):
+    if not is_plain(z, keep, null):
         return OPS.fsq.default(z, levels, keep, null, backend)
     run = _Fsq.apply if wants_gradient(z, null) else contracts.fsq
     return run(z, levels, keep, null, backend)
@@ -49,7 +58,7 @@ def fsq_sample(
     z: Tensor, levels: Levels, null: Tensor, seed: Tensor, edges: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, codes and drawn lengths."""
-    if not is_plain(z):
+    if not is_plain(z, null, seed):
         return OPS.fsq_sample.default(z, levels, null, seed, edges, backend)
     run = _FsqSample.apply if wants_gradient(z, null) else contracts.fsq_sample
     return run(z, levels, null, seed, edges, backend)
@@ -65,14 +74,14 @@ def fsq_project(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Latents and codes from the encoder's width."""
-    if wants_gradient(x, weight, bias, null) or not is_plain(x):
+    if wants_gradient(x, weight, bias, null) or not is_plain(x, weight, bias, keep, null):
         return OPS.fsq_project.default(x, weight, bias, levels, keep, null, backend)
     return contracts.fsq_project(x, weight, bias, levels, keep, null, backend)
 
 
 def codes_to_latents(codes: Tensor, levels: Levels, keep: Tensor | None, null: Tensor | None, backend: str) -> Tensor:
     """Null-filled latents."""
-    if wants_gradient(null) or not is_plain(codes):
+    if wants_gradient(null) or not is_plain(codes, keep, null):
         return OPS.codes_to_latents.default(codes, levels, keep, null, backend)
     return contracts.codes_to_latents(codes, levels, keep, null, backend)
 

@@ -27,15 +27,16 @@ def prefix_edges(slots: int, weights: tuple[float, ...] | None, device: torch.de
         weights: odds of the lengths ``0..K``, not negative, not all zero; None: all alike.
         device: where the draws will be made.
     """
-    # what a compiler makes of a constant is not for the next caller
-    if torch.compiler.is_compiling():
+    # what a compiler or a dispatch mode makes of a constant is not for the next caller
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _edges(slots, weights, device)
     return _known_edges(slots, weights, device)
 
 
 @lru_cache(maxsize=64)
 def _known_edges(slots: int, weights: tuple[float, ...] | None, device: torch.device) -> Tensor:
-    return _edges(slots, weights, device)
+    with torch.inference_mode(False):
+        return _edges(slots, weights, device)
 
 
 def _edges(slots: int, weights: tuple[float, ...] | None, device: torch.device) -> Tensor:
