@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
 from flexlam_fast.kernels import fsq as kernels
 from flexlam_fast.kernels import project
 from torch import Tensor
@@ -104,14 +105,16 @@ def fsq_project(
     dim, codes = len(levels), torch.empty(x.shape[:-1], dtype=torch.int32, device=x.device)
     latents = torch.empty(*codes.shape, dim, dtype=x.dtype, device=x.device)
     lengths, fill = _prefix(keep, null, codes)
-    tile = project.tile_of(codes.numel(), x.shape[-1])
-    if codes.numel():
+    group = 16 // x.element_size()
+    group = 1 if (dim & (dim - 1) == 0 and dim * x.element_size() >= 16) or codes.numel() % group else group
+    tokens, rows = codes.numel(), project.FORWARD_ROWS
+    if tokens:
         with _on(x.device):
-            project.project_forward_kernel[(tile.tiles,)](
-                x, weight, _bias(bias, weight), latents, codes, lengths, fill, *_constants(levels, x.device),
-                codes.numel(), SLOTS=x.shape[-2], DIM=dim, INNER=x.shape[-1], SPAN=tile.span, ROWS=tile.rows,
-                STEPS=max(levels) - 1, PREFIX=keep is not None, PADDED=1 << (dim - 1).bit_length(),
-                INTERPRET=kernels.INTERPRETED, num_warps=tile.warps,
+            project.project_forward_kernel[(triton.cdiv(tokens, rows),)](
+                x, weight, _bias(bias, weight), latents, codes, lengths, fill, *_constants(levels, x.device), tokens,
+                SLOTS=x.shape[-2], DIM=dim, INNER=x.shape[-1], CHUNK=project.CHUNK, ROWS=rows, STEPS=max(levels) - 1,
+                PREFIX=keep is not None, PADDED=1 << (dim - 1).bit_length(), GROUP=group,
+                INTERPRET=kernels.INTERPRETED, num_warps=project.forward_warps(x.element_size()),
             )  # fmt: skip
     return latents, codes
 

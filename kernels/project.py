@@ -1,8 +1,8 @@
 """The encoder's last projection and FSQ in one: ``x [tokens, W]`` is read once, forward and backward.
 
-A program holds whole rows of x. With d of at most 8 the product is d dot products a token, an eighth of what the memory
-allows in time, so there is no matrix instruction here and arithmetic stays fp32. Stores of latents and codes are not
-wide: they are (d + 1) / W of what is read.
+With d of at most 8 the product is d dot products a token, an eighth of what the memory allows in time, so there is no
+matrix instruction here and arithmetic stays fp32. Forward walks over x a few columns at a time; backward, which needs
+x again once the gradient of z is known, holds whole rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import triton.language as tl
 from flexlam_fast.kernels.pieces import round_to, slope, value_of
 
 TILE = 8192  # elements of x that a program holds
+CHUNK = 32  # columns of x at a time, forward
+FORWARD_ROWS = 256
 PROGRAMS = 264  # of a backward grid, at most: two for each of an H100's 132 processors; fixed, so that sums are too
 
 
@@ -33,6 +35,11 @@ def tile_of(tokens: int, inner: int) -> Tile:
     return Tile(rows, span, 8 if rows * span > 4096 else 4, triton.cdiv(tokens, rows))
 
 
+def forward_warps(size: int) -> int:
+    """Return how many warps leave each thread 16 bytes of latents, of elements of ``size`` bytes, to store."""
+    return 8 if size == 4 else 4
+
+
 @triton.jit
 def _kept(token, tokens, keep_ptr, SLOTS: tl.constexpr, PREFIX: tl.constexpr):
     if not PREFIX:
@@ -44,42 +51,54 @@ def _kept(token, tokens, keep_ptr, SLOTS: tl.constexpr, PREFIX: tl.constexpr):
 @triton.jit
 def project_forward_kernel(x_ptr, weight_ptr, bias_ptr, latents_ptr, codes_ptr, keep_ptr, null_ptr, table_ptr,
                            basis_ptr, tokens, SLOTS: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr,
-                           SPAN: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PREFIX: tl.constexpr,
-                           PADDED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """x ``[tokens, INNER]`` to latents ``[tokens, DIM]`` and codes."""
+                           CHUNK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PREFIX: tl.constexpr,
+                           PADDED: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """x ``[tokens, INNER]`` to latents ``[tokens, DIM]`` and codes; GROUP is 1 unless tokens fill whole groups."""
     # where am I
     start = tl.program_id(0).to(tl.int64) * ROWS
-    token = start + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
+    token = start + row
     here = token < tokens
-    inner = tl.arange(0, SPAN)
-    at = start * INNER + (tl.arange(0, ROWS)[:, None] * INNER + inner[None, :])
+    channel = tl.arange(0, PADDED)
+    real = channel < DIM
 
-    # load
-    x = tl.load(x_ptr + at, mask=here[:, None] & (inner < INNER)[None, :], other=0.0).to(tl.float32)
+    # load, CHUNK columns at a time
+    z = tl.zeros([ROWS, PADDED], tl.float32) + tl.load(bias_ptr + channel, mask=real, other=0.0)[None, :]
+    for i in range((INNER + CHUNK - 1) // CHUNK):
+        inner = i * CHUNK + tl.arange(0, CHUNK)
+        at = start * INNER + (row[:, None] * INNER + inner[None, :])
+        x = tl.load(x_ptr + at, mask=here[:, None] & (inner < INNER)[None, :], other=0.0).to(tl.float32)
+        for c in tl.static_range(DIM):
+            w = tl.load(weight_ptr + c * INNER + inner, mask=inner < INNER, other=0.0)
+            z += tl.where((channel == c)[None, :], tl.sum(x * w[None, :], axis=1)[:, None], 0.0)
     kept = _kept(token, tokens, keep_ptr, SLOTS, PREFIX)
 
     # compute in fp32
-    codes = tl.zeros([ROWS], tl.int32)
-    channel = tl.arange(0, PADDED)
-    values = tl.zeros([ROWS, PADDED], tl.float32)
-    for c in tl.static_range(DIM):
-        w = tl.load(weight_ptr + c * INNER + inner, mask=inner < INNER, other=0.0)
-        z = tl.sum(x * w[None, :], axis=1) + tl.load(bias_ptr + c)
-        digits = tl.zeros([ROWS], tl.int32)
-        for j in range(STEPS):
-            digits += (z >= tl.load(table_ptr + (5 + j) * DIM + c)).to(tl.int32)
-        codes += digits * tl.load(basis_ptr + c)
-        half_width = tl.load(table_ptr + 2 * DIM + c)
-        high, low = tl.load(table_ptr + 3 * DIM + c), tl.load(table_ptr + 4 * DIM + c)
-        value = tl.where(z == z, value_of(digits, half_width, high, low), z)
-        if PREFIX:
-            value = tl.where(kept, value, tl.load(null_ptr + c))
-        values = tl.where((channel == c)[None, :], value[:, None], values)
+    digits = tl.zeros([ROWS, PADDED], tl.int32)
+    for j in range(STEPS):
+        at_or_above = z >= tl.load(table_ptr + (5 + j) * DIM + channel, mask=real, other=float("inf"))[None, :]
+        digits += at_or_above.to(tl.int32)
+    codes = tl.sum(digits * tl.load(basis_ptr + channel, mask=real, other=0)[None, :], axis=1)
+    half_width = tl.load(table_ptr + 2 * DIM + channel, mask=real, other=1.0)[None, :]
+    high = tl.load(table_ptr + 3 * DIM + channel, mask=real, other=1.0)[None, :]
+    low = tl.load(table_ptr + 4 * DIM + channel, mask=real, other=0.0)[None, :]
+    value = tl.where(z == z, value_of(digits, half_width, high, low), z)
+    if PREFIX:
+        value = tl.where(kept[:, None], value, tl.load(null_ptr + channel, mask=real, other=0.0)[None, :])
 
     # store
-    out = start * DIM + (tl.arange(0, ROWS)[:, None] * DIM + channel[None, :])
-    whole = here[:, None] & (channel < DIM)[None, :]
-    tl.store(latents_ptr + out, round_to(values, latents_ptr.dtype.element_ty, INTERPRET), mask=whole)
+    if GROUP > 1:  # groups of tokens without their padding, so that words of 16 bytes can be stored for any DIM
+        column = tl.arange(0, GROUP * PADDED)
+        group = tl.arange(0, ROWS // GROUP)
+        source = tl.minimum(column // DIM, GROUP - 1) * PADDED + column % DIM
+        index = tl.zeros([ROWS // GROUP, GROUP * PADDED], tl.int32) + source[None, :]
+        value = tl.gather(tl.reshape(value, [ROWS // GROUP, GROUP * PADDED]), index, axis=1)
+        out = start * DIM + (group[:, None] * (GROUP * DIM) + column[None, :])
+        whole = (start + group * GROUP < tokens)[:, None] & (column < GROUP * DIM)[None, :]
+    else:
+        out = start * DIM + (row[:, None] * DIM + channel[None, :])
+        whole = here[:, None] & real[None, :]
+    tl.store(latents_ptr + out, round_to(value, latents_ptr.dtype.element_ty, INTERPRET), mask=whole)
     tl.store(codes_ptr + token, codes, mask=here)
 
 

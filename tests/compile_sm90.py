@@ -75,22 +75,19 @@ def lookup(dim: int, prefix: bool, single: bool = False) -> tuple[Any, ...]:
 
 
 def projected(kind: str, dim: int, prefix: bool, back: bool) -> tuple[Any, ...]:
-    tile = project.tile_of(1 << 20, 192)
-    constants = dict(SLOTS=64, DIM=dim, INNER=192, SPAN=tile.span, ROWS=tile.rows, PREFIX=prefix, INTERPRET=False)
     ends = {"keep_ptr": "i32", "table_ptr": "fp32", "basis_ptr": "i32"}
+    constants = dict(SLOTS=64, DIM=dim, INNER=192, PREFIX=prefix, INTERPRET=False)
     if back:
+        tile = project.tile_of(1 << 20, 192)
         pointers = {"grad_ptr": kind, "x_ptr": kind, "weight_ptr": "fp32", "bias_ptr": "fp32", "grad_x_ptr": kind}
         pointers |= {"sums_ptr": "fp32"} | ends
+        constants |= dict(SPAN=tile.span, ROWS=tile.rows)
         return project.project_backward_kernel, pointers, {"tokens": "i32", "tiles": "i32"}, constants, tile.warps
     pointers = {"x_ptr": kind, "weight_ptr": "fp32", "bias_ptr": "fp32", "latents_ptr": kind, "codes_ptr": "i32"}
     pointers |= {"null_ptr": "fp32"} | ends
-    return (
-        project.project_forward_kernel,
-        pointers,
-        {"tokens": "i32"},
-        constants | {"STEPS": 7, "PADDED": width(dim)},
-        tile.warps,
-    )
+    group = 1 if dim in (4, 8) and kind == "fp32" else 16 // TYPES[kind]
+    constants |= dict(CHUNK=project.CHUNK, ROWS=project.FORWARD_ROWS, STEPS=7, PADDED=width(dim), GROUP=group)
+    return project.project_forward_kernel, pointers, {"tokens": "i32"}, constants, project.forward_warps(TYPES[kind])
 
 
 def variants() -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -224,11 +224,14 @@ def test_drawn_lengths_carry_gradients(backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("slots", [8, 9])  # 48 tokens are whole groups, 54 are not
 @pytest.mark.parametrize("levels", [L, (7, 5, 5, 5, 5)], ids=str)
 @pytest.mark.parametrize("prefix", [False, True])
 @every_run
-def test_the_projection_is_within_the_budget(backend: str, device: str, levels: tuple[int, ...], prefix: bool) -> None:
-    x, weight, bias, keep, null = (t.to(device).detach() for t in projected(levels))
+def test_the_projection_is_within_the_budget(
+    backend: str, device: str, levels: tuple[int, ...], prefix: bool, slots: int
+) -> None:
+    x, weight, bias, keep, null = (t.to(device).detach() for t in projected(levels, 40, slots=slots))
     given = (keep, null) if prefix else (None, None)
     inputs = [t.requires_grad_() for t in (x, weight, bias)] + ([null.requires_grad_()] if prefix else [])
     latents, codes = ops.fsq_project(x, weight, bias, levels, *given, backend=backend)
@@ -260,6 +263,18 @@ def test_the_projection_is_within_the_budget(backend: str, device: str, levels: 
         assert_within_budget(grads[3], suffix_sum, up, keep, name="dnull", **budget)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("slots", [8, 9])
+@pytest.mark.parametrize("levels", [(9,), (5, 4), (3, 4, 6), (3,) * 8], ids=str)
+@every_run
+def test_the_projection_of_any_number_of_channels(
+    backend: str, device: str, levels: tuple[int, ...], slots: int
+) -> None:
+    x, weight, bias, keep, null = (t.to(device) for t in projected(levels, 40, slots=slots))
+    ours = ops.fsq_project(x, weight, bias, levels, keep, null, backend=backend)
+    theirs = ops.fsq(reference.project(x, weight, bias), levels, keep, null, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @every_run
 def test_the_projection_takes_bf16_no_bias_and_autocast(backend: str, device: str) -> None:
     x, weight, *_ = (t.to(device) for t in projected(L, width=200))
@@ -267,9 +282,13 @@ def test_the_projection_takes_bf16_no_bias_and_autocast(backend: str, device: st
     with torch.autocast(device, torch.bfloat16):
         cast = ops.fsq_project(x, weight, None, L, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(cast, expected, strict=True)), "arithmetic stays fp32"
-    half = ops.fsq_project(x.bfloat16(), weight, None, L, backend=backend)
-    assert half[0].dtype == torch.bfloat16
-    assert torch.equal(half[1], ops.fsq(reference.project(x.bfloat16(), weight, None), L)[1])
+    for slots in (8, 9):
+        x = projected(L, width=200, slots=slots)[0].to(device).bfloat16()
+        half = ops.fsq_project(x, weight, None, L, backend=backend)
+        latents, codes = ops.fsq(reference.project(x, weight, None), L)
+        assert half[0].dtype == torch.bfloat16
+        assert torch.equal(half[1], codes)
+        assert torch.equal(half[0], latents.bfloat16())
 
 
 WRONG = [
