@@ -110,6 +110,16 @@ def steps_done(checkpoint: Path) -> int:
         return -1
 
 
+def wait_for_saves(process: multiprocessing.process.BaseProcess, checkpoint: Path, saves: int) -> None:
+    """Return when ``checkpoint`` has been replaced so many times, or the process has ended."""
+    before, seen = None, -1
+    while seen < saves and process.exitcode is None:
+        with contextlib.suppress(FileNotFoundError):  # between two renames
+            now = checkpoint.stat().st_ino
+            seen, before = (seen if now == before else seen + 1), now
+        time.sleep(0.0005)
+
+
 @pytest.mark.parametrize("stage", STEPS)
 def test_sigkill_at_random_moments_changes_no_bit(
     data: Path, unbroken: Path, tmp_path: Path, stage: str, unbroken_times: dict[str, tuple[float, float]]
@@ -119,10 +129,16 @@ def test_sigkill_at_random_moments_changes_no_bit(
         (tmp_path / "codes").symlink_to(unbroken / "codes")
     idle, work = unbroken_times[stage]
     chance = random.Random(stage)
-    kills, resumed, longest = 0, set[int](), 2 * idle + work / 3
+    kills, resumed, last = 0, set[int](), tmp_path / stage / "last"
     while kills < KILLS:
         process = start(data, tmp_path, stage)
-        process.join(timeout=chance.uniform(0, longest))
+        # a moment while it loads or begins, or one in or after the save that follows 1 to 4 others
+        saves = kills % 5
+        if saves:
+            wait_for_saves(process, last, saves)
+            process.join(timeout=chance.uniform(0, 4 * work / STEPS[stage]))
+        else:
+            process.join(timeout=chance.uniform(0, idle))
         if process.exitcode is not None:  # it got to its end: begin anew
             assert process.exitcode == 0
             shutil.rmtree(tmp_path / stage)
@@ -130,10 +146,7 @@ def test_sigkill_at_random_moments_changes_no_bit(
         process.kill()
         process.join()
         kills += 1
-        done = steps_done(tmp_path / stage / "last")
-        if done in resumed:
-            longest *= 1.3  # no step further than before: the machine is slower now than when it was timed
-        resumed.add(done)
+        resumed.add(steps_done(last))
     assert len(resumed) >= KILLS // 3, "the kills did not fall into different parts of the run"
     process = start(data, tmp_path, stage)
     process.join()
