@@ -84,8 +84,8 @@ def add_up(part, token, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constex
 def spread_out(per_token, token, GROUP: tl.constexpr):
     """Repeat ``per_token [rows, GROUP]`` over the columns of each token: ``[rows, width]``."""
     index = tl.arange(0, GROUP)
-    out = tl.sum(tl.where(index[None, :] == 0, per_token, 0), axis=1)[:, None] + token[None, :] * 0
-    for g in tl.static_range(1, GROUP):
+    out = tl.zeros([per_token.shape[0], token.shape[0]], per_token.dtype)
+    for g in tl.static_range(GROUP):
         one = tl.sum(tl.where(index[None, :] == g, per_token, 0), axis=1)
         out = tl.where(token[None, :] == g, one[:, None], out)
     return out
