@@ -212,20 +212,22 @@ def test_codes_to_latents(bench: Bench, case: Case) -> None:
     bench.run(case, ours, theirs.indices_to_codes, reference, make, look_up_work(case))
 
 
-HOST = Case("host", LEVEL_SETS[0], 1, 1, torch.float32)
+HOST, HOST_AUTOGRAD = (Case(op, LEVEL_SETS[0], 1, 1, torch.float32) for op in ("host", "host_autograd"))
 
 
-@pytest.mark.parametrize("case", [HOST], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [HOST, HOST_AUTOGRAD], ids=lambda case: case.id)
 def test_host_cost(bench: Bench, case: Case) -> None:
-    z = draw(1, 1, len(case.levels))
+    recorded = case.op == HOST_AUTOGRAD.op
+    z = draw(1, 1, len(case.levels)).requires_grad_(recorded)
     values, expected = vector_quantize.FSQ(levels=list(case.levels)).to(DEVICE)(z)
     latents, codes = ops.fsq(z, case.levels)
     assert torch.equal(codes, expected.to(torch.int32))
     torch.testing.assert_close(latents, values)
     peers = {PLAIN: lambda: (z.add(1), z.mul(2), z.tanh())}
-    with torch.no_grad():
-        ours = lambda: ops.fsq(z, case.levels)  # noqa: E731
+    ours = lambda: ops.fsq(z, case.levels)  # noqa: E731
+    with torch.set_grad_enabled(recorded):
         timing = in_turns(bench.benchmark, ours, peers, WallClock(DEVICE, wait=False), bench.rounds)
     name = backends.choose(case.backend, DEVICE).name
-    note = f"what the host spends on one call with one token, fp32, backend {name}, no gradient"
+    how = "forward, recorded for a backward" if recorded else "no gradient"
+    note = f"what the host spends on one call with one token, fp32, backend {name}, {how}"
     bench.results.add(bench.benchmark, case.id, timing, quantize_work(case, None), note, memory_bound=False)
