@@ -1,13 +1,14 @@
 """What each op of the compiled backends takes and returns: schemas, fakes, and lazy launchers.
 
 The only file that names ``flexlam_fast.kernels`` or ``flexlam_fast._C``, and it imports them at the first launch.
+The bottleneck's contracts are here; the decision's ops state theirs beside their checks, by :func:`define`.
 Gradients, and which calls come here through ``torch.ops``, are in ``gradients.py``.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -34,11 +35,27 @@ SCHEMAS = {
 }
 
 
-@lru_cache(maxsize=8)
-def _module(backend: str) -> ModuleType:
-    """Return the compiled code of ``backend``; ``flexlam_fast.backend`` has said that it is there."""
-    home = {NATIVE: "flexlam_fast._C", TRITON: "flexlam_fast.kernels.launch"}[backend]
+@lru_cache(maxsize=16)
+def compiled(backend: str, part: str = "launch") -> ModuleType:
+    """Return the compiled code of ``backend``; ``flexlam_fast.backend`` has said that it is there.
+
+    ``part`` is the file of Triton launchers that is wanted; the extension is one module.
+    """
+    home = {NATIVE: "flexlam_fast._C", TRITON: f"flexlam_fast.kernels.{part}"}[backend]
     return importlib.import_module(home)
+
+
+def define(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``launcher`` as ``torch.ops.flexlam_fast.<its name>``, with what ``fake`` says about its results.
+
+    Args:
+        schema: arguments and results in torch's notation, without the name; ``Tensor(a!)`` marks what is written.
+        launcher: takes checked arguments; its name is the op's.
+        fake: same arguments; returns empty tensors of the right shapes and dtypes.
+    """
+    LIBRARY.define(launcher.__name__ + schema)
+    LIBRARY.impl(launcher.__name__, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flexlam_fast::{launcher.__name__}", fake, lib=LIBRARY)
 
 
 def fsq(
@@ -46,8 +63,8 @@ def fsq(
 ) -> tuple[Tensor, Tensor]:
     """Forward: latents and codes, without gradients."""
     if backend == NATIVE:
-        return native.fsq(_module(NATIVE), z, tuple(levels), keep, null)
-    return _module(TRITON).fsq(z, tuple(levels), keep, null)
+        return native.fsq(compiled(NATIVE), z, tuple(levels), keep, null)
+    return compiled(TRITON).fsq(z, tuple(levels), keep, null)
 
 
 def fsq_backward(
@@ -55,8 +72,8 @@ def fsq_backward(
 ) -> tuple[Tensor, Tensor]:
     """Backward: gradient of ``z`` in its dtype and of the null in fp32 (zeros where ``with_null`` is false)."""
     if backend == NATIVE:
-        return native.fsq_backward(_module(NATIVE), grad, z, tuple(levels), keep, with_null)
-    return _module(TRITON).fsq_backward(grad, z, tuple(levels), keep, with_null)
+        return native.fsq_backward(compiled(NATIVE), grad, z, tuple(levels), keep, with_null)
+    return compiled(TRITON).fsq_backward(grad, z, tuple(levels), keep, with_null)
 
 
 def fsq_sample(
@@ -64,9 +81,9 @@ def fsq_sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward with lengths drawn on the device: latents, codes and the lengths."""
     if backend == NATIVE:
-        keep = native.sample_prefix(_module(NATIVE), seed, edges, z.shape[:-2].numel()).view(z.shape[:-2])
-        return *native.fsq(_module(NATIVE), z, tuple(levels), keep, null), keep
-    return _module(TRITON).fsq_sample(z, tuple(levels), null, seed, edges)
+        keep = native.sample_prefix(compiled(NATIVE), seed, edges, z.shape[:-2].numel()).view(z.shape[:-2])
+        return *native.fsq(compiled(NATIVE), z, tuple(levels), keep, null), keep
+    return compiled(TRITON).fsq_sample(z, tuple(levels), null, seed, edges)
 
 
 def fsq_project(
@@ -79,7 +96,7 @@ def fsq_project(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Forward from the encoder's width; Triton only, the other backends project with PyTorch."""
-    return _module(TRITON).fsq_project(x, weight, bias, tuple(levels), keep, null)
+    return compiled(TRITON).fsq_project(x, weight, bias, tuple(levels), keep, null)
 
 
 def fsq_project_backward(
@@ -92,7 +109,7 @@ def fsq_project_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backward to x in its dtype, and to weight, bias and null in fp32."""
-    return _module(TRITON).fsq_project_backward(grad, x, weight, bias, tuple(levels), keep)
+    return compiled(TRITON).fsq_project_backward(grad, x, weight, bias, tuple(levels), keep)
 
 
 def codes_to_latents(
@@ -100,8 +117,8 @@ def codes_to_latents(
 ) -> Tensor:
     """Codes to null-filled fp32 latents."""
     if backend == NATIVE:
-        return native.codes_to_latents(_module(NATIVE), codes, tuple(levels), keep, null)
-    return _module(TRITON).codes_to_latents(codes, tuple(levels), keep, null)
+        return native.codes_to_latents(compiled(NATIVE), codes, tuple(levels), keep, null)
+    return compiled(TRITON).codes_to_latents(codes, tuple(levels), keep, null)
 
 
 for _launcher in (fsq, fsq_backward, fsq_sample, fsq_project, fsq_project_backward, codes_to_latents):
