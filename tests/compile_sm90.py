@@ -6,6 +6,7 @@ argument is a pattern: only variants whose name it matches. The variants are in 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -15,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import variants_fsq
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from variants import Variant
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-PARTS = (variants_fsq,)
+PARTS = [importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("variants_*.py"))]
 
 
 def compiled(v: Variant) -> tuple[Any, str, str]:
