@@ -14,11 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("encoder", "bottleneck", "decoder", "flow", "translator", "sequence")
 #: From left to right; a file imports its own row and those before it, a stage only those before it.
 ROWS = (
-    ("config", "presets", "types", "checks", "errors", "backend", "manifest"),
+    ("config", "presets", "types", "checks", "errors", "backend", "manifest", "ranges"),
     ("ops",),
     ("layers",),
     STAGES,
-    ("lam", "deadline", "policy", "checkpoint", "accelerate"),
+    (
+        "lam",
+        "deadline",
+        "loop",
+        "graphs",
+        "pretrained",
+        "policy",
+        "checkpoint",
+        "swapped",
+        "greedy",
+        "accelerate_fsq",
+        "accelerate_qwen",
+        "accelerate",
+    ),
     ("data", "train", "evaluate", "report", "testing", "doctor"),
     ("cli", "__main__"),
 )

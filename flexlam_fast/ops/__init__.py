@@ -1,5 +1,26 @@
 """Operations with one visible fork each: check the arguments, pick the backend, call it."""
 
+from flexlam_fast.ops.attention import attention
 from flexlam_fast.ops.fsq import codes_to_latents, fsq, fsq_project, fsq_sample
+from flexlam_fast.ops.linear import linear_add, norm_linear, norm_swiglu
+from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
+from flexlam_fast.ops.sampling import choose_codes, next_token
+from flexlam_fast.ops.translate import pack_translator, translate
 
-__all__ = ["codes_to_latents", "fsq", "fsq_project", "fsq_sample"]
+__all__ = [
+    "attend_add",
+    "attention",
+    "choose_codes",
+    "codes_to_latents",
+    "fsq",
+    "fsq_project",
+    "fsq_sample",
+    "linear_add",
+    "next_token",
+    "norm_linear",
+    "norm_swiglu",
+    "pack_translator",
+    "paged_attention",
+    "translate",
+    "write_pages",
+]
