@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexlam_fast.errors import FlexLAMError as FlexLAMError
     from flexlam_fast.lam import LatentActionModel as LatentActionModel
     from flexlam_fast.policy import Policy as Policy
+    from flexlam_fast.ranges import set_ranges as set_ranges
     from flexlam_fast.sequence.model import SequenceModel as SequenceModel
     from flexlam_fast.translator import Translator as Translator
     from flexlam_fast.types import Actions as Actions
@@ -35,6 +36,7 @@ _HOMES = {
     "accelerate": "accelerate",
     "errors": "errors",
     "ops": "ops",
+    "set_ranges": "ranges",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "accelerate",
     "errors",
     "ops",
+    "set_ranges",
 ]
 
 

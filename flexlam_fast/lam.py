@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.bottleneck import Bottleneck
@@ -72,9 +73,13 @@ class LatentActionModel(nn.Module):
         if not isinstance(k, Tensor):
             k = torch.full((batch,), check_budget("k", k, 0, given), device=codes.device)
         check_prefix(k, self.bottleneck.null, codes.shape[:1], given, self.cfg.bottleneck.dim, codes.device)
-        full = codes.new_zeros((batch, slots))
-        full[:, :given] = codes
-        return self.bottleneck.lookup(full, k)
+        return self.fill(codes, k)
+
+    def fill(self, codes: Tensor, k: int | Tensor) -> Tensor:
+        """:meth:`latents` of codes and a budget that this model made itself, without the checks."""
+        if not isinstance(k, Tensor):
+            k = torch.full((len(codes),), k, device=codes.device)
+        return self.bottleneck.lookup(F.pad(codes, (0, self.cfg.bottleneck.slots - codes.shape[1])), k)
 
     @torch.no_grad()
     def decode(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flexlam_fast.checks import check_finite, check_tensor
 from flexlam_fast.errors import InputError
+from flexlam_fast.ops.attention import attention
 
 
 def normalise(frames: Tensor) -> Tensor:
@@ -77,20 +78,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Full multi-head self-attention with one fused query-key-value projection."""
+    """Full multi-head self-attention with one fused query-key-value projection.
+
+    ``implementation`` is None while training, else a name that ``ops.attention`` knows.
+    """
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, head_dim
+        self.implementation: str | None = None
         self.qkv = nn.Linear(width, 3 * heads * head_dim)
         self.out = nn.Linear(heads * head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, W]`` to ``[B, N, W]``."""
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, -1))
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)
+        if self.implementation is None:
+            y = attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        else:
+            y = attention(q, k, v, implementation=self.implementation)
+        out: Tensor = self.out(y.reshape(b, n, -1))
         return out
 
 

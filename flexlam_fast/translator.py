@@ -12,6 +12,7 @@ from flexlam_fast.checks import check_tensor
 from flexlam_fast.config import FlexLAMConfig, TranslatorConfig
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import init_linear
+from flexlam_fast.ops.translate import pack_translator, translate
 from flexlam_fast.types import Actions
 
 
@@ -59,15 +60,51 @@ class Translator(nn.Module):
         x = self.stem(torch.cat([latents.flatten(1), previous.to(latents.dtype)], dim=1))
         for block in self.blocks:
             x = block(x)
-        parts = self.head(self.norm(x)).float().split([*self.cfg.discrete, self.cfg.continuous], dim=1)
+        return self.split(self.head(self.norm(x)).float())
+
+    def split(self, out: Tensor) -> TranslatorOutput:
+        """Head outputs fp32 ``[B, action_dim]`` by action dimension."""
+        parts = out.split([*self.cfg.discrete, self.cfg.continuous], dim=1)
         return TranslatorOutput(tuple(parts[:-1]), parts[-1])
 
     def decide(self, latents: Tensor, previous: Tensor) -> Actions:
         """The most likely choice of every discrete dimension, and the continuous values."""
-        out = self(latents, previous)
+        return self.choose(self(latents, previous))
+
+    def choose(self, out: TranslatorOutput) -> Actions:
+        """The most likely choice of every discrete dimension, and the continuous values, of ``out``."""
         chosen = [logits.argmax(-1) for logits in out.logits]
-        empty = out.continuous.new_zeros((len(latents), 0), dtype=torch.int64)
+        empty = out.continuous.new_zeros((len(out.continuous), 0), dtype=torch.int64)
         return Actions(torch.stack(chosen, dim=1) if chosen else empty, out.continuous)
+
+
+class PackedTranslator:
+    """A translator as one fused op from codes to scores (``ops.translate``), with weights laid out for it.
+
+    The packed weights are copies: :meth:`refresh` renews them, in place, when the translator's own have changed.
+    """
+
+    def __init__(self, translator: Translator, levels: tuple[int, ...], slots: int, backend: str) -> None:
+        self.translator, self.levels, self.slots, self.backend = translator, levels, slots, backend
+        self.weights = pack_translator(translator.state_dict())
+        self.stamp = self._stamp()
+
+    def refresh(self) -> None:
+        """Copy the translator's weights again if they were written since the last time."""
+        stamp = self._stamp()
+        if stamp != self.stamp:
+            with torch.no_grad():
+                for ours, new in zip(self.weights, pack_translator(self.translator.state_dict()), strict=True):
+                    ours.copy_(new)
+            self.stamp = stamp
+
+    def scores(self, codes: Tensor, k: int, null: Tensor, previous: Tensor) -> TranslatorOutput:
+        """From ``k`` codes int32 ``[B, k]`` and encoded previous actions fp32 ``[B, A]``."""
+        out = translate(codes, k, self.levels, null, previous, self.weights, slots=self.slots, backend=self.backend)
+        return self.translator.split(out)
+
+    def _stamp(self) -> list[int]:
+        return [p._version for p in self.translator.parameters()]
 
 
 def translator_loss(out: TranslatorOutput, target: Actions) -> Tensor:
@@ -90,12 +127,20 @@ def encode_actions(actions: Actions, cfg: TranslatorConfig) -> Tensor:
     """
     check_tensor("actions.discrete", actions.discrete, ["B", len(cfg.discrete)], torch.int64)
     check_tensor("actions.continuous", actions.continuous, ["B", cfg.continuous], torch.float32)
-    parts = []
     for i, choices in enumerate(cfg.discrete):
         chosen = actions.discrete[:, i]
         if bool(((chosen < -1) | (chosen >= choices)).any()):
             raise InputError(f"actions.discrete: expected -1..{choices - 1} in dimension {i}, got {chosen.tolist()}")
-        parts.append(F.one_hot(chosen + 1, choices + 1)[:, 1:].float())
+    return one_hot_actions(actions, cfg)
+
+
+def one_hot_actions(actions: Actions, cfg: TranslatorConfig) -> Tensor:
+    """:func:`encode_actions` of actions that the translator made itself: nothing is read back from the device."""
+    device = actions.discrete.device
+    parts = [
+        (actions.discrete[:, i : i + 1] == torch.arange(choices, device=device)).float()
+        for i, choices in enumerate(cfg.discrete)
+    ]
     return torch.cat([*parts, actions.continuous], dim=1)
 
 

@@ -13,11 +13,15 @@ from torch import Tensor
 from flexlam_fast.config import BottleneckConfig, FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import BudgetError, CacheError
 from flexlam_fast.sequence import decode
-from flexlam_fast.sequence.cache import SegmentCache
+from flexlam_fast.sequence.cache import PagedCache
+from flexlam_fast.sequence.decode import Runner
+from flexlam_fast.sequence.eager import Eager, Pages
 from flexlam_fast.sequence.layout import CODES, OBSERVATION, history_layout
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.packed import Packed
 
 CPU = torch.device("cpu")
+RUNNERS = {"eager": Eager, "packed": Packed}
 
 
 def shaped(slots: int, side: int, window: int, stride: int, **more: Any) -> FlexLAMConfig:
@@ -70,29 +74,40 @@ def observed(cfg: FlexLAMConfig, steps: int, batch: int) -> tuple[Tensor, Tensor
     return pixels, torch.randint(0, 1000, (steps, batch, cfg.bottleneck.slots), generator=generator)
 
 
+def pool(cfg: FlexLAMConfig, batch: int, dtype: torch.dtype = torch.float64) -> PagedCache:
+    cache = PagedCache(cfg, batch, CPU, dtype)
+    cache.open(batch)
+    return cache
+
+
 def act(
-    model: SequenceModel, pixels: Tensor, codes: Tensor, budget: Callable[[int], int], resets: dict[int, list[int]]
+    model: SequenceModel,
+    pixels: Tensor,
+    codes: Tensor,
+    budget: Callable[[int], int],
+    resets: dict[int, list[int]],
+    runner: Callable[[SequenceModel], Runner] = Eager,
 ) -> Run:
     """Run a batch through the cache; ``codes[t]`` becomes known at ``t + 1``; ``resets[t]`` start anew at ``t``."""
     steps, batch = pixels.shape[:2]
-    cache = SegmentCache(model.cfg, batch, CPU, pixels.dtype)
+    cache, way = pool(model.cfg, batch, pixels.dtype), runner(model)
     record: list[Tensor] = []
-    plain = SequenceModel.logits
+    plain = way.logits
 
-    def recording(hidden: Tensor) -> Tensor:
-        record.append(plain(model, hidden).view(batch, -1))
+    def recording(x: Tensor, step: Any) -> Tensor:
+        record.append(plain(x, step))
         return record[-1]
 
-    model.logits = recording  # type: ignore[method-assign]
+    way.logits = recording  # type: ignore[method-assign]
     run = Run(pixels, codes, [budget(t) for t in range(steps)], [], [])
     for t in range(steps):
         if t in resets:
             cache.reset(resets[t])
         record.clear()
-        first = decode.append(model, cache, codes[t - 1], pixels[t])
-        run.generated.append(decode.generate(model, cache, first, run.budgets[t]))
+        first = decode.append(way, cache, codes[t - 1], pixels[t])
+        run.generated.append(decode.generate(way, cache, first, run.budgets[t]))
         run.logits.append(torch.stack(record, dim=1))
-    del model.logits
+        cache.verify()
     return run
 
 
@@ -138,21 +153,23 @@ def assert_equals_dense(model: SequenceModel, run: Run, resets: dict[int, list[i
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sessions_that_start_at_different_times_equal_the_dense_mask(shape: str) -> None:
+def test_sessions_that_start_at_different_times_equal_the_dense_mask(shape: str, runner: str) -> None:
     cfg = SHAPES[shape]
     model, slots, window = sharpened(cfg), cfg.bottleneck.slots, cfg.sequence.window
     steps = 4 * window + 6
     pixels, codes = observed(cfg, steps, 3)
     resets = {3: [1], window + 2: [2], window + 3: [1, 2], 3 * window: [0]}
-    run = act(model, pixels, codes, lambda t: 1 + (7 * t) % slots, resets)
+    run = act(model, pixels, codes, lambda t: 1 + (7 * t) % slots, resets, RUNNERS[runner])
     assert len(set(run.budgets)) == slots
     assert_equals_dense(model, run, resets)
     assert len(torch.cat([g.flatten() for g in run.generated]).unique()) > steps // 2, "codes should vary"
 
 
 @torch.no_grad()
-def test_the_window_of_dmlab_equals_the_dense_mask() -> None:
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_window_of_dmlab_equals_the_dense_mask(runner: str) -> None:
     """64 tokens a frame, 64 codes a block, window 34, stride 8: one narrow layer, checked past a full window."""
     cfg = dataclasses.replace(
         FlexLAMConfig.preset("dmlab"),
@@ -160,7 +177,7 @@ def test_the_window_of_dmlab_equals_the_dense_mask() -> None:
     )
     model, steps = sharpened(cfg), 44
     pixels, codes = observed(cfg, steps, 1)
-    run = act(model, pixels, codes, lambda t: 64 if t == steps - 1 else 1, {})
+    run = act(model, pixels, codes, lambda t: 64 if t == steps - 1 else 1, {}, RUNNERS[runner])
     layout = history_layout(cfg, steps, 0, "last")
     parts = []
     for s in layout.segments:
@@ -219,10 +236,10 @@ def test_reset_of_all_sessions_starts_everything_anew() -> None:
     cfg = SHAPES["every observation kept"]
     model = sharpened(cfg)
     pixels, codes = observed(cfg, 9, 2)
-    cache = SegmentCache(cfg, 2, CPU, torch.float64)
+    cache, way = pool(cfg, 2), Eager(model)
 
     def run() -> list[Tensor]:
-        return [decode.append(model, cache, codes[t - 1], pixels[t]) for t in range(9)]
+        return [decode.append(way, cache, codes[t - 1], pixels[t]).logits for t in range(9)]
 
     first = run()
     assert cache.t.tolist() == [8, 8]
@@ -238,40 +255,24 @@ def test_decision_100_000_is_as_exact_as_the_first_ones() -> None:
     cfg = SHAPES["as tiny"]
     model = sharpened(cfg)
     pixels, codes = observed(cfg, 20, 1)
-    near, far = (SegmentCache(cfg, 1, CPU, torch.float64) for _ in range(2))
+    near, far = pool(cfg, 1), pool(cfg, 1)
     far.count += 10_000_000
     for t in range(20):
-        a, b = (decode.append(model, cache, codes[t - 1], pixels[t]) for cache in (near, far))
+        a, b = (decode.append(Eager(model), cache, codes[t - 1], pixels[t]).logits for cache in (near, far))
         assert float((a - b).abs().max()) < 1e-7 * float(a.abs().max())
     assert int(far.count - near.count) == 10_000_000
-
-
-def test_codes_are_drawn_with_the_odds_of_the_softmax() -> None:
-    logits = torch.tensor([[0.0, 1.0, -2.0, 3.0]]).expand(40_000, 4)
-    for temperature in (0.5, 1.0, 4.0):
-        drawn = decode.choose(logits, temperature, torch.Generator().manual_seed(0))
-        assert drawn.shape == (40_000, 1)
-        share = torch.bincount(drawn.flatten(), minlength=4) / 40_000
-        assert torch.allclose(share, (logits[0] / temperature).softmax(-1), atol=0.01)
-    assert decode.choose(logits, 0.0, None).unique().tolist() == [3]
-    large = torch.tensor([[500.0, 1000.0, -1000.0]])  # over 1e-36 this is beyond fp32
-    assert decode.choose(large, 1e-36, None).tolist() == [[1]]
 
 
 def test_the_cache_complains_in_one_sentence() -> None:
     cfg = SHAPES["as tiny"]
     model = SequenceModel(cfg)
-    cache = SegmentCache(cfg, 1, CPU, torch.float32)
-    with pytest.raises(CacheError, match="^update: expected a placement first, got none$"):
-        cache.update(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
-    logits = decode.append(model, cache, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, 16, 16))
+    cache = pool(cfg, 1, torch.float32)
+    appended = decode.append(Eager(model), cache, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, 16, 16))
     for wrong in (0, 5, -1):
         with pytest.raises(BudgetError, match=rf"^k: expected an integer in 1\.\.4, got {wrong}$"):
-            decode.generate(model, cache, logits, wrong)
-    for _ in range(4):
-        cache.place_scratch()
-    with pytest.raises(CacheError, match="^scratch: expected at most 4 codes in a decision, got one more$"):
-        cache.place_scratch()
+            decode.generate(Eager(model), cache, appended, wrong)
+    with pytest.raises(CacheError, match="^update: expected keys of 8 tokens, got 1$"):
+        Pages(cache, appended.place).update(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -280,15 +281,16 @@ def test_the_cache_places_tokens_where_the_layout_does(shape: str) -> None:
     slots, patches = cfg.bottleneck.slots, cfg.tokens_per_frame
     layout = history_layout(cfg, frames, 0, "all")
     first = {(s.frame, s.kind, s.scratch): s.position for s in layout.segments}
-    cache = SegmentCache(cfg, 1, CPU, torch.float32)
+    cache = pool(cfg, 1)
     for t in range(frames):
-        positions = cache.place_append().positions[0].tolist()
+        place = cache.place_append(torch.tensor([0]))
+        positions = place.positions[0].tolist()
         if t:
             start = first[t - 1, CODES, False]
             assert positions[:slots] == list(range(start, start + slots))
         start = first[t, OBSERVATION, False]
         assert positions[slots:] == list(range(start, start + patches))
-        scratch = [int(cache.place_scratch().positions) for _ in range(slots - 1)]
-        assert scratch == list(range(start + patches, start + patches + slots - 1))
+        scratch = cache.place_codes(place).positions[0].tolist()
+        assert scratch == list(range(start + patches, start + patches + slots))
     kept = sum(s.length for s in layout.segments if not s.scratch and (s.kind == CODES or s.frame % cache.stride == 0))
     assert cache.count.tolist() == [kept]

@@ -358,5 +358,5 @@ def test_wrong_construction_and_resets_are_refused_in_one_sentence() -> None:
     policy = build()
     with pytest.raises(BudgetError, match=r"^batch_size: expected an integer in 1\.\."):
         policy.reset(0)
-    with pytest.raises(InputError, match=r"^sessions: expected 0\.\.0, got \[1\]$"):
+    with pytest.raises(InputError, match=r"^sessions: expected open ones, each once, of \[0\], got \[1\]$"):
         policy.reset(sessions=[1])

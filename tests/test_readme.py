@@ -27,6 +27,11 @@ def test_the_examples_run(number: int) -> None:
     exec(compile(code[number], f"README example {number}", "exec"), {"__name__": "example"})
 
 
+def test_the_example_of_deciding_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deciding.md").read_text(), re.S)
+    exec(compile(code, "example of docs/deciding.md", "exec"), {"__name__": "example"})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

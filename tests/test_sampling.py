@@ -11,14 +11,16 @@ from small import small_config
 
 from flexlam_fast.errors import ConfigError, InputError
 from flexlam_fast.policy import Policy
-from flexlam_fast.sequence.decode import choose
+from flexlam_fast.sequence.eager import Eager
+from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.sampling import Sampling
 
+CFG = small_config()
 FRAMES = np.random.default_rng(0).integers(0, 256, (6, 2, 16, 16, 3), dtype=np.uint8)
 
 
 def policy(temperature: float) -> Policy:
-    cfg = small_config()
-    return Policy(dataclasses.replace(cfg, sequence=dataclasses.replace(cfg.sequence, temperature=temperature)))
+    return Policy(dataclasses.replace(CFG, sequence=dataclasses.replace(CFG.sequence, temperature=temperature)))
 
 
 def codes(acting: Policy, seed: int, **how: float) -> torch.Tensor:
@@ -29,7 +31,9 @@ def codes(acting: Policy, seed: int, **how: float) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_codes_are_drawn_from_the_softmax_at_the_temperature(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5]])
-    drawn = choose(logits.expand(40_000, -1), temperature, torch.Generator().manual_seed(0))[:, 0]
+    way = Eager(SequenceModel(CFG))
+    noise = Sampling(temperature, None, torch.tensor([0, 0]), torch.arange(20_000) * 2).prepared(2, 5)
+    drawn = torch.cat([way.choose(logits.expand(20_000, -1), slot, noise) for slot in (0, 1)])
     share = torch.bincount(drawn, minlength=5) / len(drawn)
     expected = (logits[0] / temperature).softmax(0)
     deviation = (expected * (1 - expected) / len(drawn)).sqrt()

@@ -1,64 +1,87 @@
-"""One decision of the sequence model: append what was observed, then generate k codes greedily (paper Algorithm 1)."""
+"""One decision of the sequence model: append what was observed, then generate k codes (paper Algorithm 1)."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flexlam_fast.checks import check_budget
-from flexlam_fast.sequence.cache import SegmentCache
+from flexlam_fast.ranges import LAYERS, span
+from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.sampling import Sampling
+
+
+class Runner(Protocol):
+    """A way through the layers: ``Eager``, ``Packed`` or ``Fused``."""
+
+    model: SequenceModel
+
+    def prepare(self, cache: PagedCache, place: Placement) -> Any:
+        """Work out what all layers share for the tokens of ``place``; its ``column(j)`` is token ``j`` alone."""
+
+    def logits(self, x: Tensor, step: Any) -> Tensor:
+        """Embedded tokens ``[B, N, hidden]`` through all layers; logits ``[B, C]`` of the last one."""
+        ...
+
+    def ready(self, sampling: Sampling | None, k: int) -> Sampling | None:
+        """What a decision of ``k`` codes needs of ``sampling`` before its first code."""
+
+    def choose(self, logits: Tensor, slot: int, sampling: Sampling | None) -> Tensor:
+        """Codes int32 ``[B]`` of ``slot`` from ``logits [B, C]``."""
+        ...
+
+    def feed(self, logits: Tensor, slot: int, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+        """The code of ``slot`` int32 ``[B]``, and its embedding ``[B, 1, hidden]``."""
+        ...
+
+
+class Appended(NamedTuple):
+    """Logits fp32 ``[B, C]`` of the first code of the present block, and where the append stands."""
+
+    logits: Tensor
+    place: Placement
 
 
 @torch.no_grad()
-def append(model: SequenceModel, cache: SegmentCache, codes: Tensor, pixels: Tensor) -> Tensor:
-    """Append ``Z_{t-1}`` and ``O_t`` to every session, in one prefill.
+def append(
+    runner: Runner, cache: PagedCache, codes: Tensor, pixels: Tensor, sessions: Tensor | None = None
+) -> Appended:
+    """Append ``Z_{t-1}`` and ``O_t`` to sessions, in one prefill.
 
     Args:
-        model: the sequence model.
-        cache: the sessions; each moves to its next frame.
+        runner: the sequence model and how it is run.
+        cache: the pool; the sessions that act move to their next frame.
         codes: complete blocks integers ``[B, K]`` of the newest transitions; ignored where a session has none yet.
         pixels: newest frames ``[B, C, H, W]`` in ``[-1, 1]``.
+        sessions: which act, int64 ``[B]``; None means all that are open.
 
     Returns:
-        Logits fp32 ``[B, C]`` of the first code of the present block.
+        The logits of the first code, and what :func:`generate` needs.
     """
+    if sessions is None:
+        sessions = torch.tensor(cache.opened, device=pixels.device)
     slots = torch.arange(cache.slots, device=codes.device)
-    x = torch.cat([model.embed_codes(codes, slots), model.embed_frames(pixels)], dim=1)
-    place = cache.place_append()
-    hidden = model(x, place.positions, place.mask, cache.write_to(place))
-    return model.logits(hidden[:, -1])
+    x = torch.cat([runner.model.embed_codes(codes, slots), runner.model.embed_frames(pixels)], dim=1)
+    place = cache.place_append(sessions)
+    return Appended(runner.logits(x, runner.prepare(cache, place)), place)
 
 
 @torch.no_grad()
-def generate(
-    model: SequenceModel,
-    cache: SegmentCache,
-    logits: Tensor,
-    k: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Codes int32 ``[B, k]`` from the logits of the first one; ``k - 1`` further passes.
-
-    ``temperature`` 0 is greedy; above, codes are drawn by ``generator`` from the softmax of ``logits / temperature``.
+def generate(runner: Runner, cache: PagedCache, appended: Appended, k: int, sampling: Sampling | None = None) -> Tensor:
+    """Codes int32 ``[B, k]`` after an append; ``k - 1`` further passes. ``sampling`` None is greedy.
 
     Raises:
         BudgetError: ``k`` outside ``1..K``.
     """
     check_budget("k", k, 1, cache.slots)
-    chosen = [choose(logits, temperature, generator)]
+    chosen, logits, sampling = [], appended.logits, runner.ready(sampling, k)
+    steps: Any = runner.prepare(cache, cache.place_codes(appended.place)) if k > 1 else None
     for slot in range(k - 1):
-        x = model.embed_codes(chosen[-1], torch.tensor([slot], device=logits.device))
-        place = cache.place_scratch()
-        hidden = model(x, place.positions, place.mask, cache.write_to(place))
-        chosen.append(choose(model.logits(hidden[:, -1]), temperature, generator))
-    return torch.cat(chosen, dim=1).to(torch.int32)
-
-
-def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One code int64 ``[B, 1]`` per row of ``logits [B, C]``."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    below = logits - logits.amax(-1, keepdim=True)  # first, so that a temperature near 0 cannot overflow
-    return torch.multinomial((below / temperature).softmax(-1), 1, generator=generator)
+        with span("code", LAYERS, slot):
+            code, x = runner.feed(logits, slot, sampling)
+            chosen.append(code)
+            logits = runner.logits(x, steps.column(slot))
+    return torch.stack([*chosen, runner.choose(logits, k - 1, sampling)], dim=1)

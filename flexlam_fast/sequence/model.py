@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_budget, check_tensor
 from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import InputError
@@ -102,11 +103,12 @@ class SequenceBlock(nn.Module):
         v = self.v(y).view(b, n, self.kv_heads, self.head_dim).transpose(1, 2)
         if store is not None:
             k, v = store.update(layer, k, v)
-        # under autocast the norms leave fp32 and the projections bf16; attention wants one dtype
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        # under autocast the norms leave fp32 and the projections bf16, and pages may be narrower than the weights;
+        # attention wants one dtype
+        width, q, k = y.dtype, q.to(v.dtype), k.to(v.dtype)
         grouped = self.heads != self.kv_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, -1))
+        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, -1).to(width))
         return out
 
 
@@ -177,16 +179,11 @@ class SequenceModel(nn.Module):
         size = self.cfg.bottleneck.codebook_size
         if not codes.shape[1] or bool(((codes < 0) | (codes >= size)).any()):
             raise InputError(f"codes: expected at least one code in 0..{size - 1}, got shape {list(codes.shape)}")
-        store, start = _Growing(), 0
-        chosen: list[Tensor] = []
-        while len(chosen) < k:
-            positions = torch.arange(start, start + codes.shape[1], device=codes.device)
-            x = self.embed_codes(codes, positions % self.cfg.bottleneck.slots)
-            hidden = self(x, positions, None if start == 0 else _everything(x), store)
-            start += codes.shape[1]
-            codes = self.logits(hidden[:, -1:]).argmax(-1)
-            chosen.append(codes)
-        return torch.cat(chosen, dim=1).to(torch.int32)
+        from flexlam_fast.sequence import plain
+
+        # under autocast the modules choose dtypes as they go, which packed products do not
+        narrowed = torch.is_autocast_enabled(codes.device.type)
+        return plain.generate(plain.runner_of(self, REFERENCE if narrowed else AUTO), codes, k)
 
     @classmethod
     def from_qwen3(cls, hf_model: Any) -> SequenceModel:
@@ -202,22 +199,3 @@ class SequenceModel(nn.Module):
         from flexlam_fast.sequence.convert import from_qwen3
 
         return from_qwen3(cls, hf_model)
-
-
-class _Growing:
-    """A cache that grows by concatenation, for plain sequences."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.kept:
-            old_k, old_v = self.kept[layer]
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self.kept[layer] = (k, v)
-        return k, v
-
-
-def _everything(x: Tensor) -> Tensor:
-    """A mask that hides nothing, broadcast over any number of keys."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device)

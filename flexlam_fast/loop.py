@@ -1,0 +1,122 @@
+"""The decision loop: from uint8 frames to actions, on the device from end to end (design section 3; Algorithm 1).
+
+Everything that changes from one decision to the next is in tensors of fixed place, and nothing is read back in between,
+so that one decision can be captured as one CUDA graph (``graphs.py``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexlam_fast.backend import NATIVE, TRITON
+from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.lam import LatentActionModel
+from flexlam_fast.layers import normalise
+from flexlam_fast.ranges import span
+from flexlam_fast.sequence import decode
+from flexlam_fast.sequence.cache import PagedCache
+from flexlam_fast.sequence.decode import Runner
+from flexlam_fast.sequence.eager import Eager
+from flexlam_fast.sequence.fused import Fused
+from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.packed import Packed
+from flexlam_fast.sequence.sampling import Sampling
+from flexlam_fast.translator import PackedTranslator, Translator, TranslatorOutput, no_actions, one_hot_actions
+from flexlam_fast.types import Actions
+
+_STREAM = 2**40  # draws before a session would meet the next one's: 500 years at 30 decisions of 64 codes a second
+
+
+class Outcome(NamedTuple):
+    """One decision on the device: actions, codes int32 ``[B, k]``, frame indices int64 ``[B]``."""
+
+    actions: Actions
+    codes: Tensor
+    frames: Tensor
+
+
+class How(NamedTuple):
+    """What a call may choose anew: ``budget``, temperature of the codes (0: greedy), ``top_k`` (None: all)."""
+
+    budget: int
+    temperature: float = 0.0
+    top_k: int | None = None
+
+
+class Stages(NamedTuple):
+    """The modules a decision goes through, and the ways through the sequence model and, where fused, the translator."""
+
+    lam: LatentActionModel
+    runner: Runner
+    translator: Translator
+    fused: PackedTranslator | None = None
+
+    def score(self, codes: Tensor, k: int, previous: Tensor, dtype: torch.dtype) -> TranslatorOutput:
+        """Codes int32 ``[B, k]`` and encoded previous actions to scores, the other slots filled with the null."""
+        if self.fused is not None:
+            return self.fused.scores(codes, k, self.lam.bottleneck.null, previous)
+        out: TranslatorOutput = self.translator(self.lam.fill(codes, k).to(dtype), previous)
+        return out
+
+
+def stages_of(
+    lam: LatentActionModel, sequence: SequenceModel, translator: Translator, backend: str, device: torch.device
+) -> Stages:
+    """The way through the modules that belongs to a backend on a device."""
+    if backend == TRITON:
+        levels, slots = lam.bottleneck.levels, lam.bottleneck.slots
+        return Stages(lam, Fused(sequence), translator, PackedTranslator(translator, levels, slots, backend))
+    # the reference is the model as it is; C++ has code for the bottleneck only, and on a CPU packed products beside it
+    plain = Packed(sequence) if backend == NATIVE and device.type == "cpu" else Eager(sequence)
+    return Stages(lam, plain, translator)
+
+
+class DecisionLoop:
+    """The sessions of one pool: their cache, previous actions, latest frames, and the state of what is drawn."""
+
+    def __init__(
+        self, cfg: FlexLAMConfig, capacity: int, device: torch.device, dtype: torch.dtype, pages: torch.dtype, seed: int
+    ) -> None:
+        self.cfg, self.dtype = cfg, dtype
+        self.cache = PagedCache(cfg, capacity, device, pages)
+        self.previous = no_actions(capacity, cfg.translator, device)
+        self.pixels = torch.zeros(capacity, cfg.channels, cfg.frame, cfg.frame, device=device, dtype=dtype)
+        self.seed = torch.tensor([seed % 2**63, 0], device=device)
+        # what each session has drawn so far; goes on over resets, so that no two episodes draw the same
+        self.drawn = torch.arange(capacity, device=device) * _STREAM
+
+    def state(self) -> list[Tensor]:
+        """What a decision changes, but for the pages: small, so that it can be kept and put back."""
+        cache = self.cache
+        return [cache.t, cache.count, cache.o_frame, cache.z_frame, *self.previous, self.pixels, self.drawn]
+
+    def forget(self, sessions: list[int]) -> None:
+        """Start sessions anew, whose cache has been reset."""
+        which = torch.tensor(sessions, dtype=torch.int64, device=self.pixels.device)
+        self.previous.discrete.index_fill_(0, which, -1)
+        self.previous.continuous.index_fill_(0, which, 0.0)
+
+    @torch.no_grad()
+    def decide(self, stages: Stages, how: How, frames: Tensor, sessions: Tensor) -> Outcome:
+        """Decide for ``sessions`` int64 ``[B]`` from their newest frames uint8 ``[B, H, W, C]``, both on the device."""
+        lam, runner, translator, _ = stages
+        pixels = normalise(frames).to(self.dtype)
+        with span("encode"):
+            # of no meaning at a session's first frame, where the cache takes it for padding
+            observed = lam.bottleneck(lam.encoder(self.pixels[sessions], pixels)).codes
+        with span("append"):
+            appended = decode.append(runner, self.cache, observed, pixels, sessions)
+        drawn = self.drawn[sessions]
+        sampling = Sampling(how.temperature, how.top_k, self.seed, drawn) if how.temperature else None
+        with span("codes"):
+            codes = decode.generate(runner, self.cache, appended, how.budget, sampling)
+        with span("translate"):
+            previous = one_hot_actions(Actions(*(part[sessions] for part in self.previous)), self.cfg.translator)
+            actions = translator.choose(stages.score(codes, how.budget, previous, self.dtype))
+        changed = (*self.previous, self.pixels, self.drawn)
+        for ours, new in zip(changed, (*actions, pixels, drawn + self.cache.slots), strict=True):
+            ours.index_copy_(0, sessions, new.to(ours.dtype))
+        return Outcome(actions, codes, self.cache.t[sessions])

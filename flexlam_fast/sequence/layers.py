@@ -1,0 +1,57 @@
+"""Weights of the blocks laid out for deciding: projections of the same input in one matrix, held once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexlam_fast.sequence.model import SequenceBlock, SequenceModel
+
+
+class Layer(NamedTuple):
+    """One block, with its query, key and value projections as qkv ``[(H + 2G) * D, W]``, gate and up ``[2I, W]``."""
+
+    block: SequenceBlock
+    qkv: Tensor
+    gate_up: Tensor
+
+
+def pack(model: SequenceModel, layers: list[Layer]) -> list[Layer]:
+    """Return packed weights of every block, the old ones where parameters still are views of them.
+
+    The parameters become views of what is packed. Loading weights in place changes both; moving or casting the model
+    parts them, and then they are packed anew.
+    """
+    packed = []
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, SequenceBlock)
+        old = layers[i] if i < len(layers) and layers[i].block is block else None
+        qkv = _joined([block.q, block.k, block.v], old.qkv if old else None)
+        gate_up = _joined([block.gate, block.up], old.gate_up if old else None)
+        packed.append(Layer(block, qkv, gate_up))
+    return packed
+
+
+def _joined(parts: list[nn.Linear], old: Tensor | None) -> Tensor:
+    """Return one matrix of whose rows the weights of ``parts`` are views."""
+    if old is not None and _are_rows(parts, old):
+        return old
+    joined = torch.cat([part.weight.detach() for part in parts])
+    for part, rows in zip(parts, joined.split([part.out_features for part in parts]), strict=True):
+        part.weight.data = rows
+    return joined
+
+
+def _are_rows(parts: list[nn.Linear], whole: Tensor) -> bool:
+    """Whether the weights of ``parts`` are, in order, the rows of ``whole``."""
+    at = 0
+    for part in parts:
+        weight = part.weight
+        if weight.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or weight.dtype != whole.dtype:
+            return False
+        if weight.storage_offset() != at:
+            return False
+        at += weight.numel()
+    return True

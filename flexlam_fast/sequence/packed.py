@@ -1,0 +1,131 @@
+"""The plain fast way through the sequence model: fewer, larger PyTorch operations, and no copy of what is cached.
+
+Query, key and value projections are one matrix product, gate and up another, the norms of queries and keys one call;
+attention reads a session's reservation in place. Angles, masks and places are worked out once for a whole decision.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexlam_fast.ranges import LAYERS, span
+from flexlam_fast.sequence.cache import PagedCache, Placement
+from flexlam_fast.sequence.layers import Layer, pack
+from flexlam_fast.sequence.model import SequenceBlock, SequenceModel, at_least_fp32, rotation
+from flexlam_fast.sequence.sampling import PlainChoice
+
+
+class PackedStep(NamedTuple):
+    """What all layers share for new tokens: cos and sin ``[B, N, 1, D]`` (sin with the sign of the rotation), pool rows
+    ``[B, N]``, the host's session ids, a bias ``[B, N or 1, S]`` of zeros and -inf, and how many slots count."""
+
+    cache: PagedCache
+    cos: Tensor
+    sin: Tensor
+    rows: Tensor
+    sessions: list[int]
+    bias: Tensor
+    slots: int
+
+    def column(self, j: int) -> PackedStep:
+        """Token ``j`` of generated codes alone: it sees the scratch up to itself."""
+        at, slots = slice(j, j + 1), self.cache.scratch_base + j + 1
+        return PackedStep(
+            self.cache, self.cos[:, at], self.sin[:, at], self.rows[:, at], self.sessions, self.bias, slots
+        )
+
+
+class Packed(PlainChoice):
+    """Runs ``model`` over the cache; its projections become views of the packed ones, so weights are held once."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        self.model = model
+        self.layers: list[Layer] = []
+        self.norms: list[Tensor] = []  # of queries and keys, [H + G, D] a layer
+
+    def prepare(self, cache: PagedCache, place: Placement) -> PackedStep:
+        """Work out what all layers share."""
+        self.layers = pack(self.model, self.layers)
+        self.norms = [_norms(layer.block) for layer in self.layers]
+        dtype, seq = self.model.head.weight.dtype, self.model.cfg.sequence
+        r = rotation(place.positions, seq.head_dim, seq.rope_theta, at_least_fp32(dtype))
+        sign = torch.ones_like(r.sin[0, 0, 0])
+        sign[: seq.head_dim // 2] = -1
+        codes = place.slots.shape[1] == cache.slots  # codes share one mask, because their slots end with their own
+        mask = cache.mask(place.column(0) if codes else place)[:, 0]
+        if codes:
+            mask[:, :, cache.scratch_base :] = True
+        bias = torch.zeros(mask.shape, dtype=cache.k.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        angles = r.cos.transpose(1, 2), (r.sin * sign).transpose(1, 2)
+        slots = cache.size if not codes else cache.scratch_base
+        return PackedStep(cache, *angles, cache.rows(place), place.sessions.tolist(), bias, slots)
+
+    def logits(self, x: Tensor, step: PackedStep) -> Tensor:
+        """Embedded tokens ``[B, N, hidden]`` through all layers; logits ``[B, C]`` of the last one."""
+        eps = self.model.cfg.sequence.rms_eps
+        for i in range(len(self.layers)):
+            with span("layer", LAYERS, i):
+                x = self._layer(x, i, step, eps)
+        hidden = F.rms_norm(x, x.shape[-1:], self.model.norm.weight, eps)
+        return self.model.logits(hidden[:, -1])
+
+    def _layer(self, x: Tensor, index: int, step: PackedStep, eps: float) -> Tensor:
+        layer = self.layers[index]
+        y = F.rms_norm(x, x.shape[-1:], layer.block.norm1.weight, eps)
+        attended = self._attend(F.linear(y, layer.qkv), layer, index, step)
+        if index == len(self.layers) - 1:  # of the last layer only the last token is asked for
+            x, attended = x[:, -1:], attended[:, -1:]
+        x = _add_linear(x, attended, layer.block.out.weight)
+        y = F.rms_norm(x, x.shape[-1:], layer.block.norm2.weight, eps)
+        gate, up = F.linear(y, layer.gate_up).chunk(2, dim=-1)
+        return _add_linear(x, F.silu(gate).mul_(up), layer.block.down.weight)
+
+    def _attend(self, qkv: Tensor, layer: Layer, index: int, step: PackedStep) -> Tensor:
+        """Attention output ``[B, N, H * D]`` of one layer, after writing its keys and values."""
+        block, cache = layer.block, step.cache
+        batch, tokens, _ = qkv.shape
+        heads, groups, dim = block.heads, block.kv_heads, block.head_dim
+        qkv = qkv.view(batch, tokens, heads + 2 * groups, dim)
+        qk = F.rms_norm(qkv[:, :, : heads + groups], (dim,), None, block.q_norm.eps) * self.norms[index]
+        wide = qk.to(step.cos.dtype)
+        qk = torch.addcmul(wide * step.cos, wide.roll(dim // 2, -1), step.sin).to(cache.k.dtype)
+        k, v = cache.k[index], cache.v[index]
+        rows = step.rows.flatten()
+        for pool, new in ((k, qk[:, :, heads:]), (v, qkv[:, :, heads + groups :])):
+            pool.view(-1, groups, dim).index_copy_(0, rows, new.flatten(0, 1).to(pool.dtype))
+        k, v = (pool.view(cache.capacity, cache.size, groups, dim) for pool in (k, v))
+        out = torch.empty(batch, tokens, heads, dim, dtype=qk.dtype, device=qk.device)
+        # one session after the other, in place: its result cannot depend on the others, and nothing is copied
+        for b, s in enumerate(step.sessions):
+            q, bias = qk[b, :, :heads], step.bias[b, :, : step.slots]
+            out[b] = _attention(q, k[s, : step.slots], v[s, : step.slots], bias)
+        return out.view(batch, tokens, -1).to(qkv.dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of ``q [N, H, D]`` over ``k``, ``v`` ``[S, G, D]`` with ``bias [N or 1, S]``: ``[N, H, D]``.
+
+    One query in fp32 goes through two plain products, which stream keys and values a quarter faster than torch's fused
+    attention does on a CPU (231 against 290 us for 2,560 tokens of 4 heads of 64, on two cores).
+    """
+    (tokens, heads, dim), groups = q.shape, k.shape[1]
+    if tokens == 1 and q.dtype in (torch.float32, torch.float64):
+        q = q.view(groups, heads // groups, dim)
+        scores = torch.baddbmm(bias.expand(groups, heads // groups, -1), q, k.permute(1, 2, 0), alpha=dim**-0.5)
+        return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).view(1, heads, dim)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None, None], enable_gqa=heads != groups)
+    return y[0].transpose(0, 1)
+
+
+def _norms(block: SequenceBlock) -> Tensor:
+    return torch.cat([block.q_norm.weight.expand(block.heads, -1), block.k_norm.weight.expand(block.kv_heads, -1)])
+
+
+def _add_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """``x + y @ weight.T`` in one operation."""
+    return torch.addmm(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), weight.t()).view(x.shape)
