@@ -17,7 +17,8 @@ from flexlam_fast.errors import BackendError, InputError
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
-_SCOPE = "runs the bottleneck; the rest of the model is plain PyTorch in this version"
+_BOTTLENECK = "runs the bottleneck; the rest of the model is PyTorch in this version"
+_DECISION = "runs bottleneck, sequence model and translator; encoder and decoder are PyTorch in this version"
 
 
 class BackendStatus(NamedTuple):
@@ -53,14 +54,14 @@ def _native(kind: str) -> BackendStatus:
     except ImportError as error:
         return BackendStatus(NATIVE, False, f"the extension is there but does not load: {error}")
     if kind == "cpu":
-        return BackendStatus(NATIVE, True, f"C++ for {info['variants'][0]} {_SCOPE}")
+        return BackendStatus(NATIVE, True, f"C++ for {info['variants'][0]} {_BOTTLENECK}")
     if not info["cuda"]:
         return BackendStatus(NATIVE, False, "the extension was built without CUDA, because nvcc was not there")
     if not torch.cuda.is_available():
         return BackendStatus(NATIVE, False, "torch sees no CUDA device")
     if torch.cuda.get_device_capability() < (9, 0):
         return BackendStatus(NATIVE, False, f"it has code for sm_90 and later, this is {torch.cuda.get_device_name()}")
-    return BackendStatus(NATIVE, True, f"CUDA for sm_90 and later {_SCOPE}")
+    return BackendStatus(NATIVE, True, f"CUDA for sm_90 and later {_BOTTLENECK}")
 
 
 def _triton(kind: str) -> BackendStatus:
@@ -70,7 +71,7 @@ def _triton(kind: str) -> BackendStatus:
         return BackendStatus(TRITON, False, "flexlam_fast.kernels is missing: install the package, pip install -e .")
     if kind == "cuda":
         there = torch.cuda.is_available()
-        return BackendStatus(TRITON, there, f"Triton {_SCOPE}" if there else "torch sees no CUDA device")
+        return BackendStatus(TRITON, there, f"Triton {_DECISION}" if there else "torch sees no CUDA device")
     loaded = sys.modules.get("triton")
     if kind == "cpu" and loaded is not None and loaded.knobs.runtime.interpret:
         return BackendStatus(TRITON, True, "Triton's interpreter, for tests: thousands of times slower than a GPU")

@@ -19,6 +19,7 @@ import flexlam_fast
 from flexlam_fast.backend import AUTO, BackendChoice, BackendStatus, choose, probe
 from flexlam_fast.checkpoint import load_checkpoint
 from flexlam_fast.errors import CheckpointError
+from flexlam_fast.ops.attention import available_attention
 
 ASSETS = Path(__file__).parent / "assets"
 PACKAGES = (
@@ -67,6 +68,7 @@ class Report(NamedTuple):
     packages: tuple[Fact, ...]
     backends: tuple[BackendStatus, ...]
     auto: BackendChoice
+    attention: tuple[BackendStatus, ...]
     checkpoints: tuple[Fact, ...]
 
 
@@ -92,6 +94,7 @@ def collect_report() -> Report:
         packages=tuple(_package(name, extra) for name, extra in PACKAGES),
         backends=probe(device),
         auto=choose(AUTO, device),
+        attention=available_attention(device, torch.bfloat16 if device == "cuda" else torch.float32, 64),
         checkpoints=tuple(_checkpoints()),
     )
 
@@ -120,15 +123,19 @@ def format_report(report: Report) -> str:
         ("Optional packages", [(fact.name, fact.value) for fact in report.packages]),
         (
             "Backends",
-            [(s.name, f"{'available' if s.available else 'not available'}: {s.reason}") for s in report.backends]
-            + [(AUTO, f"takes {report.auto.name}")],
+            [*map(_told, report.backends), (AUTO, f"takes {report.auto.name}")],
         ),
+        ("Attention", [_told(s._replace(name=f"encoder by {s.name}")) for s in report.attention]),
         ("Shipped checkpoints", [(fact.name, fact.value) for fact in report.checkpoints]),
     ]
     lines = []
     for title, rows in sections:
         lines += [title, *(f"  {name:<24} {value}" for name, value in rows)]
     return "\n".join(lines)
+
+
+def _told(status: BackendStatus) -> tuple[str, str]:
+    return status.name, f"{'available' if status.available else 'not available'}: {status.reason}"
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from flexlam_fast import doctor as room
 from flexlam_fast.backend import choose, probe
 from flexlam_fast.checkpoint import save_checkpoint
 from flexlam_fast.doctor import collect_report, doctor, format_report
+from flexlam_fast.ops.attention import available_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,8 +30,13 @@ def test_the_table_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None
     assert rows["auto"].endswith(f"takes {choose('auto', DEVICE).name}")
     for status in probe(DEVICE):
         assert rows[status.name].endswith(status.reason)
-    for title in ("CPU", "GPU", "Build tools", "Optional packages", "Backends", "Shipped checkpoints"):
+    for title in ("CPU", "GPU", "Build tools", "Optional packages", "Backends", "Attention", "Shipped checkpoints"):
         assert title in lines
+    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    for status in available_attention(DEVICE, kind, 64):
+        (line,) = [line for line in lines if line.split()[:3] == ["encoder", "by", status.name]]
+        assert line.endswith(status.reason)
+        assert ("not available" in line) != status.available
 
 
 def test_json_holds_the_same_report(capsys: pytest.CaptureFixture[str]) -> None:
