@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
-STAGES="${STAGES:-extension tests sanitizer benches}"
+STAGES="${STAGES:-extension tests parity sanitizer benches profile}"
 results="${OUT:-bench/results}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=""
@@ -31,9 +31,17 @@ extension() {
 
 tests() {
     local names=(fsq fsq_backends fsq_contracts compiled accelerate backend deadline layers flow lam translator sequence
-        cache policy bench)
+        cache policy sessions sampling graphs ways ops_linear ops_sampling ops_paged ops_paged_contracts ops_translate
+        ops_attention accelerate_qwen plain ranges profile bench)
     local files=("${names[@]/#/tests/test_}")
     "$PYTHON" -m pytest -q "${files[@]/%/.py}"
+}
+
+parity() {
+    for dtype in float32 bfloat16 float16; do
+        "$PYTHON" bench/parity.py --preset dmlab --way fused --device cuda --dtype "$dtype" --batch 8 \
+            --decisions "$([ "$dtype" = bfloat16 ] && echo 300 || echo 40)" || return 1
+    done
 }
 
 sanitizer() {
@@ -42,13 +50,16 @@ sanitizer() {
         echo "compute-sanitizer was not found: the kernels were not checked with it"
         return 0
     fi
+    local ours=() name
+    for name in $(sed -n 's/^def \([a-z0-9_]*_kernel\)(.*/\1/p' kernels/*.py | sort -u) forward_kernel backward_kernel; do
+        ours+=(--kernel-name "kernel_substring=$name")
+    done
     # without torch's allocator, which would hide what is read or written beyond a tensor; only our own kernels
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --target-processes all \
-            --kernel-name kernel_substring=forward_kernel --kernel-name kernel_substring=backward_kernel \
-            --kernel-name kernel_substring=lookup_kernel $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
+            "${ours[@]}" $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
             "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_fsq_backends.py tests/test_fsq_contracts.py \
-            -k "cuda and (edge or budget or lengths_are)" || return 1
+            tests/test_ways.py -k "(cuda and (edge or budget or lengths_are)) or (fused_is and not dtype2)" || return 1
     done
 }
 
@@ -60,6 +71,10 @@ benches() {
     else
         echo "matplotlib is not installed: no plot; make bench-report draws it from $results"
     fi
+}
+
+profile() {
+    OUT="$results/profile" PYTHON="$PYTHON" bash bench/profile.sh gaps
 }
 
 echo "== $device"

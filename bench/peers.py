@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -26,20 +25,20 @@ class Compiler:
         self.limit = limit
         self.left_out = "" if limit > 0 else "not asked for"
 
-    def add(self, peers: dict[str, Callable[[], object]], make: Callable[[Any], Callable[[], object]], fn: Any) -> str:
-        """Add ``make(compiled fn)`` to ``peers`` as :data:`COMPILED` and return "", or return why it was left out."""
+    def add(self, peers: dict[str, Callable[[], object]], name: str, make: Callable[[], Callable[[], object]]) -> str:
+        """Add the side that ``make()`` compiles to ``peers`` as ``name``; return "", or why it was left out."""
         if not self.left_out:
             torch.compiler.reset()  # else the ninth shape of one function would fall back to eager
             start = time.perf_counter()
             try:
-                peer = make(torch.compile(fn, dynamic=False))
+                peer = make()
                 peer()
             except Exception as error:  # a missing compiler, a driver: its own words say which
                 self.left_out = f"it failed here with {type(error).__name__}"
                 return self.note()
             took = time.perf_counter() - start
             if took <= self.limit:
-                peers[COMPILED] = peer
+                peers[name] = peer
                 return ""
             self.left_out = f"{took:.0f} s to compile, of {self.limit:g}"
         return self.note()

@@ -24,7 +24,7 @@ from cases import (
     quantize_work,
 )
 from measure import WallClock, in_turns
-from peers import REFERENCE, VQ, Compiler
+from peers import COMPILED, REFERENCE, VQ, Compiler
 from rows import Results, Work
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,7 +68,7 @@ class Bench(NamedTuple):
         peers, notes = {VQ: make(peer)}, [f"{DTYPES[case.dtype]}, {torch.get_num_threads()} threads, backend {name}"]
         with torch.set_grad_enabled(case.gradient):
             if case.backend == backends.AUTO:
-                notes.append(self.compiler.add(peers, make, peer))
+                notes.append(self.compiler.add(peers, COMPILED, lambda: make(torch.compile(peer, dynamic=False))))
             if name != backends.REFERENCE:
                 peers[REFERENCE] = make(reference)
             timing = in_turns(self.benchmark, make(ours), peers, self.results.machine.clock, self.rounds)

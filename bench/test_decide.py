@@ -1,7 +1,7 @@
 """One decision of the ``dmlab`` policy beside ``transformers`` Qwen3 of the same sizes and weights.
 
-Ours is everything (paper B.6): host uint8 frame in, host action out, batch 1, a full window. The peer is its sequence
-model alone: a 128-token append to 2,368 cached tokens, then k - 1 passes of one token.
+Ours is everything (paper B.6): host uint8 frames in, host actions out, full windows. The peers are the sequence model
+alone: a 128-token append to 2,368 cached tokens, then k - 1 passes of one token. Our own reference path is beside them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from measure import in_turns
+from peers import REFERENCE, Compiler
 from rows import Results, Work
 from torch import Tensor
 
@@ -20,79 +21,67 @@ from flexlam_fast.policy import Policy
 from flexlam_fast.sequence.layout import OBSERVATION, history_layout
 from flexlam_fast.sequence.model import SequenceModel
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+from qwen import APPEND, CONTEXT, EAGER, STATIC, QwenPeer, StaticPeer, qwen_of
 
-CONTEXT, APPEND = 2496, 128
-PEER = "transformers Qwen3"
-BUDGETS = [pytest.param(k, id=f"decide/dmlab/b1/k{k}") for k in (4, 16, 64)]
-
-
-class QwenPeer:
-    """Greedy codes after an append, the way ``transformers`` does it with its own cache."""
-
-    def __init__(self, cfg: FlexLAMConfig, device: torch.device) -> None:
-        seq = cfg.sequence
-        config = transformers.Qwen3Config(
-            vocab_size=cfg.bottleneck.codebook_size,
-            hidden_size=seq.hidden,
-            intermediate_size=seq.intermediate,
-            num_hidden_layers=seq.layers,
-            num_attention_heads=seq.heads,
-            num_key_value_heads=seq.kv_heads,
-            head_dim=seq.head_dim,
-            rms_norm_eps=seq.rms_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": seq.rope_theta},
-            max_position_embeddings=4096,
-            attn_implementation="sdpa",
-        )
-        torch.manual_seed(0)
-        self.model = transformers.Qwen3ForCausalLM(config).eval().requires_grad_(False).to(device)
-        for p in self.model.parameters():
-            # wider than the usual start, so that the greedy codes are clear choices that vary
-            torch.nn.init.normal_(
-                p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1 if p.dim() == 1 else p.shape[-1] ** -0.5
-            )
-        self.x = torch.randn(1, CONTEXT, seq.hidden, generator=torch.Generator().manual_seed(0)).to(device)
-        self.cache = transformers.DynamicCache(config=config)
-        self.past = CONTEXT - APPEND
-        with torch.inference_mode():
-            self.model(
-                inputs_embeds=self.x[:, : self.past], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-
-    @torch.inference_mode()
-    def decide(self, k: int) -> Tensor:
-        """Drop what the last call added to the cache, append, and generate ``k`` codes ``[1, k]``."""
-        added = self.cache.get_seq_length() - self.past
-        if added:
-            self.cache.crop(-added)
-        step: dict[str, Any] = {"inputs_embeds": self.x[:, self.past :]}
-        chosen = []
-        for _ in range(k):
-            out = self.model(**step, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            chosen.append(out.logits[:, -1:].argmax(-1))
-            step = {"input_ids": chosen[-1]}
-        return torch.cat(chosen, dim=1).cpu()
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+#: Beyond one session a CPU takes seconds a decision; the ids are a GPU's.
+BATCHES = (1, 8, 64, 256) if ON_GPU else (1,)
+CASES = [pytest.param(b, k, id=f"decide/dmlab/b{b}/k{k}") for b in BATCHES for k in (4, 16, 64)]
 
 
 class Bench(NamedTuple):
-    """A policy with a full window, whose sequence model has the peer's weights, and a frame to act on."""
+    """Policies with full windows, ours and the reference, a peer with the same weights, and frames to act on."""
 
     policy: Policy
+    reference: Policy
     peer: QwenPeer
-    frame: Tensor
+    frames: Tensor
 
 
 @pytest.fixture(scope="module")
-def bench(results: Results) -> Bench:
-    cfg = FlexLAMConfig.preset("dmlab")
-    peer = QwenPeer(cfg, results.device)
-    policy = Policy(cfg, device=results.device)
-    policy.sequence.load_state_dict(SequenceModel.from_qwen3(peer.model).state_dict())
+def qwen(results: Results) -> Any:
+    """The peer's model, after checks in fp32 that ours is the same and that its decisions are right."""
+    cfg, device = FlexLAMConfig.preset("dmlab"), results.device
+    model = qwen_of(cfg, device, torch.float32)
+    policy = loaded(model, device, torch.float32, "auto")
     frames = torch.randint(0, 256, (42, 1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    check_same_model(policy, peer)
+    check_same_model(policy, QwenPeer(model))
     check_decision(policy, frames)
-    return Bench(policy, peer, frames[-1])
+    return model.to(DTYPE)
+
+
+def loaded(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> Policy:
+    """A policy whose sequence model has the peer's weights."""
+    policy = Policy(FlexLAMConfig.preset("dmlab"), device=device, dtype=dtype, backend=backend)
+    policy.sequence.load_state_dict(SequenceModel.from_qwen3(model).state_dict())
+    return policy
+
+
+@pytest.fixture(scope="module")
+def qwen_compiler(compiler: Compiler) -> Compiler:
+    """Twelve layers take longer to compile than one op."""
+    return Compiler(4 * compiler.limit)
+
+
+_made: dict[int, Bench] = {}
+
+
+def bench_of(model: Any, device: torch.device, batch: int) -> Bench:
+    """Policies and peers for a batch size; only one batch size is kept, because its caches may fill the device."""
+    if batch not in _made:
+        _made.clear()
+        frames = torch.randint(
+            0, 256, (batch, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
+        ours, reference = (loaded(model, device, DTYPE, backend) for backend in ("auto", "reference"))
+        for policy in (ours, reference):
+            policy.reset(batch)
+            for _ in range(policy.cfg.sequence.window + 8):
+                policy.act(frames, 1)
+        _made[batch] = Bench(ours, reference, QwenPeer(model, batch), frames)
+    return _made[batch]
 
 
 @torch.no_grad()
@@ -130,31 +119,52 @@ def check_decision(policy: Policy, frames: Tensor) -> None:
     assert torch.equal(logits.argmax(-1)[clear], codes[0].long()[clear])
 
 
-def least_work(model: SequenceModel, k: int) -> Work:
-    """What the sequence model cannot help but do for ``k`` codes.
+def least_work(model: SequenceModel, batch: int, k: int) -> Work:
+    """What the sequence model cannot help but do for ``k`` codes of ``batch`` sessions.
 
-    Each pass reads the weights of blocks and head, and the keys and values of the context; every token that enters
-    meets the blocks' weights and the context, every code the head.
+    Each pass reads the weights of blocks and head once, and the keys and values of every session's context; every token
+    that enters meets the blocks' weights and the context, every code the head.
     """
     seq, weight = model.cfg.sequence, model.head.weight
     blocks = sum(p.numel() for p in (*model.blocks.parameters(), *model.norm.parameters()))
-    read = blocks + weight.numel() + 2 * CONTEXT * seq.layers * seq.kv_heads * seq.head_dim
-    entering = APPEND + k - 1
-    operations = entering * (2 * blocks + 4 * CONTEXT * seq.layers * seq.heads * seq.head_dim) + 2 * k * weight.numel()
-    return Work(k * read * weight.element_size(), operations, weight.dtype)
+    read = blocks + weight.numel() + batch * 2 * CONTEXT * seq.layers * seq.kv_heads * seq.head_dim
+    entering = batch * (APPEND + k - 1)
+    operations = entering * (2 * blocks + 4 * CONTEXT * seq.layers * seq.heads * seq.head_dim)
+    return Work(k * read * weight.element_size(), operations + 2 * batch * k * weight.numel(), weight.dtype)
 
 
-@pytest.mark.parametrize("k", BUDGETS)
+@pytest.mark.parametrize(("batch", "k"), CASES)
 def test_decide(
-    benchmark: Any, request: pytest.FixtureRequest, results: Results, rounds: int, bench: Bench, k: int
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    results: Results,
+    rounds: int,
+    qwen_compiler: Compiler,
+    qwen: Any,
+    batch: int,
+    k: int,
 ) -> None:
-    ours, peer = lambda: bench.policy.act(bench.frame, k), lambda: bench.peer.decide(k)
-    timing = in_turns(benchmark, ours, {PEER: peer}, results.machine.wall, rounds)
+    policy, reference, peer, frames = bench_of(qwen, results.device, batch)
+    peers = {REFERENCE: lambda: reference.act(frames, k), EAGER: lambda: peer.decide(k)}
+    without = "no compiled peer: it is for CUDA graphs, which a CPU has not"
+    if ON_GPU:
+        without = qwen_compiler.add(peers, STATIC, lambda: static_side(qwen, batch, k))
+    timing = in_turns(benchmark, lambda: policy.act(frames, k), peers, results.machine.wall, rounds)
     note = (
-        f"fp32, {torch.get_num_threads()} threads, backend {bench.policy.backend.name}; ours is a whole decision, "
-        "uint8 frame in, action out; the peer is its sequence model alone, "
-        f"{APPEND} tokens appended to make {CONTEXT}; the floor is that of the sequence model alone: weights, keys and "
-        "values read once per code, or every product done once"
+        f"{str(DTYPE).removeprefix('torch.')}, {torch.get_num_threads()} threads, backend {policy.backend.name}"
+        f"{', CUDA graphs' if policy.graphs else ''}; ours is a whole decision, uint8 frames in, actions out; the "
+        f"Qwen3 peers are their sequence model alone, {APPEND} tokens appended to make {CONTEXT}; the floor is that of "
+        "the sequence model alone: weights, keys and values read once per code, or every product done once"
     )
-    work = least_work(bench.policy.sequence, k)
+    work = least_work(policy.sequence, batch, k)
+    note = f"{note}; {without}" if without else note
     results.add(benchmark, request.node.callspec.id, timing, work, note, memory_bound=False)
+
+
+def static_side(model: Any, batch: int, k: int) -> Any:
+    """The compiled peer's side of a case, which has given the same codes as the eager one."""
+    static = StaticPeer(model, batch)
+    eager, compiled = QwenPeer(model, batch).decide(k), static.decide(k)
+    same = float((eager[:, 0] == compiled[:, 0]).float().mean())  # later codes follow the first that differs
+    assert same > 0.9, f"expected the first codes of the compiled peer to be the eager one's, got {same:.0%}"
+    return lambda: static.decide(k)
