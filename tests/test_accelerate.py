@@ -514,7 +514,7 @@ def test_the_root_itself_is_swapped_and_named() -> None:
 def test_nothing_recognised_is_no_error() -> None:
     record = accelerate(nn.Sequential(nn.Linear(3, 3)))
     assert (record.swapped, record.left) == ((), ())
-    sentence = "accelerate: found neither an FSQ of vector_quantize_pytorch nor a Bottleneck in the Sequential itself"
+    sentence = "accelerate: found no FSQ, Qwen3ForCausalLM or Bottleneck in the Sequential itself"
     assert str(record) == sentence
     record.undo()
 

@@ -217,9 +217,14 @@ def test_a_peer_that_compiles_too_slowly_is_left_out_and_so_are_later_ones(
     monkeypatch.setattr(torch, "compile", compile_slowly)
     monkeypatch.setattr("peers.time", SimpleNamespace(perf_counter=lambda: now[0]))
     compiler = Compiler(limit)
+
+    def peer() -> Any:
+        fn = torch.compile(len, dynamic=False)
+        return lambda: fn("x")
+
     for _ in range(2):
         peers: dict[str, Any] = {}
-        assert compiler.add(peers, COMPILED, lambda: lambda fn=torch.compile(len, dynamic=False): fn("x")) == said
+        assert compiler.add(peers, COMPILED, peer) == said
         assert list(peers) == ([] if said else [COMPILED])
     assert len(compiled) == {"": 2, "no torch.compile peer: not asked for": 0}.get(said, 1)
 

@@ -87,7 +87,8 @@ ff.FlexLAMConfig, ff.ops, ff.Decision, ff.errors
 for name in ff.__all__:
     assert name in dir(ff), name
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-heavy = {"av", "gymnasium", "matplotlib", "nvtx", "pyarrow", "tensorboard", "torchmetrics", "transformers", "triton", "tyro"}
+heavy = {"av", "gymnasium", "matplotlib", "nvtx", "pyarrow", "tensorboard", "torchmetrics", "transformers", "triton"}
+heavy.add("tyro")
 assert not loaded & (heavy | {"vizdoom", "pandas", "PIL"}), loaded
 assert "flexlam_fast._C" not in sys.modules and "flexlam_fast.kernels" not in sys.modules
 assert not torch.cuda.is_initialized()
