@@ -47,6 +47,8 @@ class Pages:
     def __init__(self, cache: PagedCache, place: Placement) -> None:
         self.cache, self.place = cache, place
         self.rows = cache.rows(place).flatten()
+        # a CPU may look: where all sessions act in order, keys and values need no copy
+        self.whole = place.sessions.is_cpu and place.sessions.tolist() == list(range(cache.capacity))
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k``, ``v`` ``[B, kv_heads, N, D]`` of a layer where the placement says; return all of its slots."""
@@ -58,5 +60,5 @@ class Pages:
             flat = pool.view(-1, *pool.shape[2:])
             flat.index_copy_(0, self.rows, new.transpose(1, 2).flatten(0, 1).to(pool.dtype))
             held = pool.view(cache.capacity, cache.size, *pool.shape[2:])
-            found.append(torch.index_select(held, 0, self.place.sessions).transpose(1, 2))
+            found.append((held if self.whole else held.index_select(0, self.place.sessions)).transpose(1, 2))
         return found[0], found[1]
