@@ -35,7 +35,15 @@ def qwen_of(cfg: FlexLAMConfig, device: torch.device, dtype: torch.dtype) -> Any
     for p in model.parameters():
         # wider than the usual start, for the sake of those clear choices
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1 if p.dim() == 1 else p.shape[-1] ** -0.5)
-    return model.to(device, dtype)
+    return cast(model, device, dtype)
+
+
+def cast(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move and cast as ``from_pretrained(dtype=)`` would: ``.to()`` alone rounds the frequencies of RoPE as well."""
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    model = model.to(device, dtype)
+    model.model.rotary_emb.inv_freq = frequencies.to(device)
+    return model
 
 
 class QwenPeer:

@@ -22,7 +22,7 @@ from flexlam_fast.sequence.layout import OBSERVATION, history_layout
 from flexlam_fast.sequence.model import SequenceModel
 
 pytest.importorskip("transformers")
-from qwen import APPEND, CONTEXT, EAGER, STATIC, QwenPeer, StaticPeer, qwen_of
+from qwen import APPEND, CONTEXT, EAGER, STATIC, QwenPeer, StaticPeer, cast, qwen_of
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -49,7 +49,7 @@ def qwen(results: Results) -> Any:
     frames = torch.randint(0, 256, (42, 1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     check_same_model(policy, QwenPeer(model))
     check_decision(policy, frames)
-    return model.to(DTYPE)
+    return cast(model, device, DTYPE)
 
 
 def loaded(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> Policy:

@@ -76,7 +76,7 @@ def test_a_prompt_that_enters_in_parts_gives_the_same(way: str, monkeypatch: pyt
         return place(self, tokens)
 
     monkeypatch.setattr(GrowingPages, "place", noting)
-    monkeypatch.setattr(plain, "PREFILL_CPU", 100)  # a page of each row, at least
+    monkeypatch.setattr(plain, "PREFILL", 100)  # a page of each row, at least
     assert torch.equal(generate(WAYS[way](model), prompt, 3), expected)
     assert entered == [64, 64, 22, 2]
 
@@ -165,6 +165,16 @@ def test_fused_kernels_in_the_interpreter_give_the_same_codes() -> None:
     runner = runner_of(model, "triton")
     assert isinstance(runner, Fused)
     assert torch.equal(generate(runner, prompt, 3), recomputed(model, prompt, 3))
+
+
+def test_what_one_way_has_packed_is_taken_by_the_next() -> None:
+    model, prompt = model_of(), prompt_of(1, 5)
+    first = PlainPacked(model)
+    generate(first, prompt, 2)
+    model.generate(prompt, 2)
+    held = [layer.qkv for layer in first.layers]
+    generate(first, prompt, 2)
+    assert all(layer.qkv is old for layer, old in zip(first.layers, held, strict=True))
 
 
 def test_the_way_is_chosen_by_name_and_device() -> None:

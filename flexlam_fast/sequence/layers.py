@@ -36,12 +36,22 @@ def pack(model: SequenceModel, layers: list[Layer]) -> list[Layer]:
 
 def _joined(parts: list[nn.Linear], old: Tensor | None) -> Tensor:
     """Return one matrix of whose rows the weights of ``parts`` are views."""
+    if old is None:
+        old = _whole(parts)  # what another way through the model has packed already, which may be in a captured graph
     if old is not None and _are_rows(parts, old):
         return old
     joined = torch.cat([part.weight.detach() for part in parts])
     for part, rows in zip(parts, joined.split([part.out_features for part in parts]), strict=True):
         part.weight.data = rows
     return joined
+
+
+def _whole(parts: list[nn.Linear]) -> Tensor | None:
+    """The matrix at the start of the memory that holds the first of ``parts``, if all would fit into it."""
+    first, rows = parts[0].weight.detach(), sum(part.out_features for part in parts)
+    if first.untyped_storage().nbytes() != rows * first.shape[1] * first.element_size():
+        return None
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), 0)
 
 
 def _are_rows(parts: list[nn.Linear], whole: Tensor) -> bool:

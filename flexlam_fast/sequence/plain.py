@@ -20,12 +20,12 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.packed import Packed, PackedStep
+from flexlam_fast.sequence.packed import Packed, PackedStep, bias_of
 
 PAGE = 64  # tokens of a page; also how many codes are placed at once
-#: Tokens of all rows that enter together, at least a page of each: on a CPU, and elsewhere. What they see is written
-#: out as a mask, so more would waste work on what is masked; fewer would read the weights more often.
-PREFILL_CPU, PREFILL = 512, 4096
+#: Tokens of all rows that enter together, at least a page of each. A later part of a prompt sees by a mask, of so many
+#: tokens times all those before: 2,432 tokens of the dmlab sizes took 465 ms at once on two cores, 515 in five parts.
+PREFILL = 4096
 
 
 class GrowingPages:
@@ -91,12 +91,13 @@ class GrowingPages:
 
 
 class PlainStep(PackedStep):
-    """New tokens of a plain sequence; ``bias`` is ``[B, N, S]``, and ``slots`` ends with the last of them."""
+    """New tokens of a plain sequence; ``bias`` is ``[B, N, S]`` or None, and ``slots`` ends with the last of them."""
 
     __slots__ = ()
 
     def column(self, j: int) -> PlainStep:
         """Token ``j`` alone: it sees those up to itself."""
+        assert self.bias is not None  # which only the first tokens of a sequence lack, that enter together
         at, slots = slice(j, j + 1), self.slots - self.rows.shape[1] + j + 1
         return self._replace(
             cos=self.cos[:, at], sin=self.sin[:, at], rows=self.rows[:, at], bias=self.bias[:, at], slots=slots
@@ -108,7 +109,13 @@ class PlainPacked(Packed):
 
     def prepare(self, cache: Any, place: Placement) -> PlainStep:
         """Work out what all layers share."""
-        return PlainStep(*super().prepare(cache, place))._replace(slots=cache.length)
+        return PlainStep(*super().prepare(cache, place))
+
+    def window(self, cache: Any, place: Placement) -> tuple[Tensor | None, int]:
+        """What the tokens of ``place`` see; those that come first, of which a prompt may have many, need no bias."""
+        if cache.length == place.slots.shape[1]:
+            return None, cache.length
+        return bias_of(cache.mask(place)[:, 0], cache.k.dtype), cache.length
 
 
 def runner_of(model: SequenceModel, backend: str = AUTO) -> Runner:
@@ -153,7 +160,7 @@ def generate(runner: Runner, codes: Tensor, k: int, stop: Callable[[Tensor], boo
     """
     model, (batch, n), pages = runner.model, codes.shape, _pages_of(runner, codes, k)
     slots, logits = model.cfg.bottleneck.slots, torch.empty(0)
-    together = max((PREFILL_CPU if codes.device.type == "cpu" else PREFILL) // max(batch, 1), PAGE)
+    together = max(PREFILL // max(batch, 1), PAGE)
     for start in range(0, n, together):
         some = codes[:, start : start + together]
         place = pages.place(some.shape[1])
