@@ -21,7 +21,7 @@ from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import FlexLAMError
 from flexlam_fast.greedy import AllEnded, Greedy, read
 from flexlam_fast.sequence import plain
-from flexlam_fast.sequence.convert import _BLOCK, config_from_qwen3
+from flexlam_fast.sequence.convert import BLOCK_NAMES, config_from_qwen3
 from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.swapped import Change, Plan, Swapped
@@ -148,7 +148,7 @@ class _Mirror:
             self.model = SequenceModel(cfg).eval()
         self.names = {"codes": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
         for i in range(cfg.sequence.layers):
-            self.names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in _BLOCK.items()}
+            self.names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in BLOCK_NAMES.items()}
         self.runner: Runner | None = None
         self.key: object = None
 

@@ -27,7 +27,7 @@ from flexlam_fast.sequence.sampling import Sampling
 from flexlam_fast.translator import PackedTranslator, Translator, TranslatorOutput, no_actions, one_hot_actions
 from flexlam_fast.types import Actions
 
-_STREAM = 2**40  # draws before a session would meet the next one's: 500 years at 30 decisions of 64 codes a second
+_STREAM = 2**40  # draws before a session would meet the next one's: 18 years at 30 decisions of 64 codes a second
 
 
 class Outcome(NamedTuple):

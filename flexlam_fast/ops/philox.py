@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexlam_fast.errors import InputError
 
-_MASK = 0xFFFFFFFF
+MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
@@ -61,13 +61,17 @@ def draw(seed: Tensor, count: int) -> Tensor:
     """
     at = seed[1] + torch.arange(count, dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(at)
-    c0, c1, c2, c3 = at & _MASK, (at >> 32) & _MASK, zero, zero
-    k0, k1 = seed[0] & _MASK, (seed[0] >> 32) & _MASK
+    return first_word(seed[0], at & MASK, (at >> 32) & MASK, zero, zero)
+
+
+def first_word(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """Return the first word of Philox4x32-10, int64, under ``key`` int64 at counters of four 32-bit words, int64."""
+    k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+        k0, k1 = (k0 + _KEY_STEPS[0]) & MASK, (k1 + _KEY_STEPS[1]) & MASK
     return c0
 
 
@@ -80,4 +84,4 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and low words of the product of two 32-bit numbers, in pieces that fit int64."""
     low = (a & 0xFFFF) * b
     middle = (a >> 16) * b + (low >> 16)
-    return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & _MASK
+    return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & MASK

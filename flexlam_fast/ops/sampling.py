@@ -26,7 +26,6 @@ from flexlam_fast.ops.gradients import OPS, is_plain
 from flexlam_fast.ops.linear import pick
 
 _LOGITS = (torch.float32, torch.float64)
-_MASK = 0xFFFFFFFF
 _ROOT_HALF = 0x3F3504F3  # the bits of the root of a half in fp32
 #: (log(1 + f) - f + f^2 / 2) / f^3 from f^7 down, a fit of our own with an error of 6e-9 of log(1 + f), |f| < 0.42.
 _SERIES = (
@@ -176,21 +175,12 @@ def gumbel(seed: Tensor, streams: Tensor | None, rows: int, codes: int) -> Tenso
     arange = torch.arange(max(rows, codes), dtype=torch.int64, device=seed.device)
     stream = (arange[:rows] if streams is None else streams).unsqueeze(1).expand(rows, codes)
     step = ((seed[1] & 0x7FFFFFFF) + 0x80000000).expand(rows, codes)
-    word = _philox(seed[0], arange[:codes].expand(rows, codes), step, stream & _MASK, (stream >> 32) & _MASK)
-    below, above = ((w.float() + 0.5) * 2.0**-32 for w in (word, _MASK - word))
+    word = philox.first_word(
+        seed[0], arange[:codes].expand(rows, codes), step, stream & philox.MASK, (stream >> 32) & philox.MASK
+    )
+    below, above = ((w.float() + 0.5) * 2.0**-32 for w in (word, philox.MASK - word))
     waited = 0.0 - _log(above, 0.0 - below)
     return 0.0 - _log(waited)
-
-
-def _philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
-    """Return the first word of Philox4x32-10 at a counter of four words, all int64."""
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(10):
-        high0, low0 = philox._multiply(philox._MULTIPLIERS[0], c0)
-        high1, low1 = philox._multiply(philox._MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + philox._KEY_STEPS[0]) & _MASK, (k1 + philox._KEY_STEPS[1]) & _MASK
-    return c0
 
 
 def _log(x: Tensor, near: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexlam_fast.sequence.model import SequenceModel
 
 # ours -> theirs, inside one block
-_BLOCK = {
+BLOCK_NAMES = {
     "norm1": "input_layernorm",
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -62,7 +62,7 @@ def from_qwen3(kind: type[SequenceModel], hf_model: Any) -> SequenceModel:
     theirs = hf_model.state_dict()
     wanted = {"codes": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     for i in range(hf.num_hidden_layers):
-        wanted |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in _BLOCK.items()}
+        wanted |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in BLOCK_NAMES.items()}
     model = kind(config_from_qwen3(hf))
     source = theirs["lm_head.weight"]
     model = model.to(device=source.device, dtype=source.dtype)
