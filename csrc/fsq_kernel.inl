@@ -1,74 +1,18 @@
-// One chunk of FSQ, compiled once per instruction set: the including file defines FLEXLAM_VARIANT and FLEXLAM_LANES, the
-// fp32 numbers of one register. (GCC takes vectors wider than a register apart lane by lane: 8 times slower.)
+// One chunk of FSQ, compiled once per instruction set (vectors.inl says how the including file chooses it).
 // Floating-point contraction is off (CMakeLists.txt), so every variant returns the same bits.
 #include <cmath>
 #include <cstring>
 
 #include "fsq.h"
+#include "vectors.inl"
 
 namespace flexlam {
 namespace FLEXLAM_VARIANT {
 namespace {
 
 constexpr int W = LevelPattern::lanes;  // tokens of a tile
-constexpr int V = FLEXLAM_LANES;        // elements of a vector
 constexpr int max_dim = 8;
 static_assert(W % V == 0);
-typedef float vf __attribute__((vector_size(4 * V)));
-typedef std::int32_t vi __attribute__((vector_size(4 * V)));
-typedef std::uint32_t vu __attribute__((vector_size(4 * V)));
-typedef std::uint16_t vh __attribute__((vector_size(2 * V)));
-
-template <class V, class T>
-inline V load(const T* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-template <class V, class T>
-inline void store(T* p, V v) {
-    std::memcpy(p, &v, sizeof v);
-}
-template <class V, class U>
-inline V bits(U u) {
-    static_assert(sizeof(V) == sizeof(U));
-    V v;
-    std::memcpy(&v, &u, sizeof v);
-    return v;
-}
-template <class T>
-inline T pick(vi condition, T a, T b) {  // condition is all ones or all zeros in each lane
-    return condition ? a : b;
-}
-
-inline vf from_bf16(vh h) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
-
-inline vh to_bf16(vf x) {
-    const vu u = bits<vu>(x);
-    const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const vu quiet_nan = (u >> 16) | 0x40u;
-    return __builtin_convertvector(pick<vu>(x != x, quiet_nan, rounded), vh);
-}
-
-inline vf from_f16(vh h) {
-    const vu u = __builtin_convertvector(h, vu);
-    const vu magnitude = (u & 0x7fffu) << 13;
-    const vu finite = bits<vu>(bits<vf>(magnitude) * 0x1p112f);  // rebiases the exponent, subnormals included
-    const vu special = magnitude | 0x7f800000u;
-    return bits<vf>(pick<vu>((u & 0x7c00u) == 0x7c00u, special, finite) | ((u & 0x8000u) << 16));
-}
-
-inline vh to_f16(vf x) {
-    const vu u = bits<vu>(x), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
-    const vf magnitude = bits<vf>(m);
-    // 0.5 has the spacing of fp16 subnormals, so the addition rounds to them
-    const vu small = bits<vu>(magnitude + 0.5f) - bits<vu>(vf{} + 0.5f);
-    const vu normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
-    vu h = pick<vu>(magnitude < 0x1p-14f, small, normal);
-    h = pick<vu>(magnitude >= 65520.0f, vu{} + 0x7c00u, h);
-    h = pick<vu>(x != x, vu{} + 0x7e00u, h);
-    return __builtin_convertvector(h | sign, vh);
-}
 
 // `count` elements of `type` at `p`, from element `first`, to and from fp32.
 inline void read(const void* p, Float type, std::int64_t first, float* out, int count) {
@@ -117,24 +61,6 @@ inline void sum_codes(const std::int32_t* part, std::int32_t* codes, int tokens)
     }
 }
 
-inline vi lanes_from(int first) {  // first, first + 2, ...: a constant once it is inlined
-    vi v{};
-    for (int i = 0; i < V; ++i) v[i] = first + 2 * i;
-    return v;
-}
-
-// Adds neighbours: lanes 0 + 1, 2 + 3, ... of `a`, then those of `b`.
-inline vi add_pairs(vi a, vi b) {
-    const vi even = lanes_from(0), odd = lanes_from(1);
-#ifdef __clang__
-    vi x{}, y{};
-    for (int i = 0; i < V; ++i) x[i] = even[i] < V ? a[even[i]] : b[even[i] - V], y[i] = odd[i] < V ? a[odd[i]] : b[odd[i] - V];
-    return x + y;
-#else
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-#endif
-}
-
 // A whole tile where the channels are a power of two: neighbours are added until one number a token is left.
 template <int D>
 inline void sum_tile(const std::int32_t* part, std::int32_t* codes) {
@@ -165,16 +91,7 @@ inline vf slope(vf x) {
     const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffffu);
     vf y = magnitude * -2.0f;
     y = pick<vf>(y < -87.0f, vf{} - 87.0f, y);
-    const vf n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest integer
-    const vf r = (y - n * 0.693359375f) - n * -2.12194440e-4f;   // within ln(2) / 2
-    vf e = vf{} + 1.9875691500e-4f;                              // Cephes' expf
-    e = e * r + 1.3981999507e-3f;
-    e = e * r + 8.3334519073e-3f;
-    e = e * r + 4.1665795894e-2f;
-    e = e * r + 1.6666665459e-1f;
-    e = e * r + 5.0000001201e-1f;
-    e = e * (r * r) + r + 1.0f;
-    e *= bits<vf>((__builtin_convertvector(n, vi) + 127) << 23);
+    const vf e = exp_within(y);
     const vf s = 1.0f + e;
     const vf out = 4.0f * e / (s * s);
     return pick<vf>(x != x, x, out);  // the comparison with -87 has swallowed a NaN
