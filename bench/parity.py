@@ -25,10 +25,11 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.native import Native
 from flexlam_fast.sequence.packed import Packed
 from flexlam_fast.testing import FORWARD_FACTOR
 
-RUNNERS: dict[str, Callable[[SequenceModel], Runner]] = {"packed": Packed, "fused": Fused}
+RUNNERS: dict[str, Callable[[SequenceModel], Runner]] = {"packed": Packed, "native": Native, "fused": Fused}
 
 
 class Parity(NamedTuple):
@@ -126,7 +127,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="of the model")
-    parser.add_argument("--way", choices=RUNNERS, default="packed", help="packed (CPU) or fused (Triton)")
+    parser.add_argument("--way", choices=RUNNERS, default="native", help="packed or native (CPU), fused (Triton)")
     parser.add_argument("--decisions", type=int, default=300, help="how many")
     parser.add_argument("--batch", type=int, default=3, help="sessions, which start anew at different times")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "decode.h"
 #include "fsq.h"
 #include "parallel.h"
+#include "variants.h"
 #ifdef FLEXLAM_CUDA
 #include "fsq_cuda.h"
 #endif
@@ -41,7 +43,7 @@ py::dict build_info() {
     out["cxx_standard"] = static_cast<long>(__cplusplus);
     out["pybind11"] = FLEXLAM_TEXT(PYBIND11_VERSION_MAJOR) "." FLEXLAM_TEXT(PYBIND11_VERSION_MINOR);
     out["threads"] = flexlam::has_threads();
-    out["variants"] = flexlam::fsq_variants();
+    out["variants"] = flexlam::variant_names();
 #ifdef FLEXLAM_CUDA
     out["cuda"] = FLEXLAM_CUDA;
 #else
@@ -79,6 +81,33 @@ void lookup(const flexlam::LevelPattern& p, Address codes, Address latents, std:
 void sample(std::int64_t seed, std::int64_t offset, Address edges, std::int64_t slots, Address keep, std::int64_t blocks) {
     flexlam::sample_prefix(static_cast<std::uint64_t>(seed), static_cast<std::uint64_t>(offset),
                            at<const std::int64_t>(edges), slots, at<std::int32_t>(keep), blocks);
+}
+
+void linear(Address x, Address norm, Address weight, Address residual, Address out, std::int64_t rows,
+            std::int64_t inner, std::int64_t outs, int type, bool gated, bool fp32_out, float eps, int threads,
+            const std::string& variant) {
+    flexlam::linear({at<const void>(x), at<const void>(norm), at<const void>(weight), at<const void>(residual),
+                     at<void>(out), rows, inner, outs, static_cast<flexlam::Float>(type), gated, fp32_out, eps},
+                    threads, variant);
+}
+
+void page_write(Address qkv, Address q_norm, Address k_norm, Address positions, Address rows, Address k, Address v,
+                Address q, std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,
+                std::int64_t pool, int type, double theta, float eps, int threads, const std::string& variant) {
+    flexlam::page_write({at<const void>(qkv), at<const void>(q_norm), at<const void>(k_norm),
+                         at<const std::int64_t>(positions), at<const std::int64_t>(rows), at<void>(k), at<void>(v),
+                         at<void>(q), tokens, heads, kv_heads, dim, pool, static_cast<flexlam::Float>(type), theta, eps},
+                        threads, variant);
+}
+
+void page_attend(Address q, Address k, Address v, Address table, Address context, Address start, Address out,
+                 std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,
+                 std::int64_t page, std::int64_t entries, std::int64_t pages, int type, int threads,
+                 const std::string& variant) {
+    flexlam::page_attend({at<const void>(q), at<const void>(k), at<const void>(v), at<const std::int32_t>(table),
+                          at<const std::int32_t>(context), at<const std::int32_t>(start), at<void>(out), batch, tokens,
+                          heads, kv_heads, dim, page, entries, pages, static_cast<flexlam::Float>(type)},
+                         threads, variant);
 }
 
 #ifdef FLEXLAM_CUDA
@@ -120,6 +149,18 @@ PYBIND11_MODULE(_C, m) {
              py::arg("variant") = "", "Gradient of z and, in one partial sum a chunk, of the null.")
         .def("codes_to_latents", &lookup, free_gil, "Codes to null-filled fp32 latents.");
     m.def("chunk_tokens", &flexlam::chunk_tokens, "Tokens of one chunk of work: (slots, d).");
+    m.def("linear", &linear, free_gil, py::arg("x"), py::arg("norm"), py::arg("weight"), py::arg("residual"),
+          py::arg("out"), py::arg("rows"), py::arg("inner"), py::arg("outs"), py::arg("type"), py::arg("gated"),
+          py::arg("fp32_out"), py::arg("eps"), py::arg("threads"), py::arg("variant") = "",
+          "Norm, product, SwiGLU or residual of few rows; arguments are those of csrc/decode.h's LinearArgs.");
+    m.def("page_write", &page_write, free_gil, py::arg("qkv"), py::arg("q_norm"), py::arg("k_norm"),
+          py::arg("positions"), py::arg("rows"), py::arg("k"), py::arg("v"), py::arg("q"), py::arg("tokens"),
+          py::arg("heads"), py::arg("kv_heads"), py::arg("dim"), py::arg("pool"), py::arg("type"), py::arg("theta"),
+          py::arg("eps"), py::arg("threads"), py::arg("variant") = "", "New keys and values into pages: WriteArgs.");
+    m.def("page_attend", &page_attend, free_gil, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("table"),
+          py::arg("context"), py::arg("start"), py::arg("out"), py::arg("batch"), py::arg("tokens"), py::arg("heads"),
+          py::arg("kv_heads"), py::arg("dim"), py::arg("page"), py::arg("entries"), py::arg("pages"), py::arg("type"),
+          py::arg("threads"), py::arg("variant") = "", "Attention over pages: AttendArgs.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")

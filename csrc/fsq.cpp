@@ -5,8 +5,8 @@
 #include <limits>
 #include <stdexcept>
 
-#include "cpu_features.h"
 #include "parallel.h"
+#include "variants.h"
 
 namespace flexlam {
 
@@ -26,36 +26,19 @@ namespace {
 constexpr std::int64_t chunk_elements = 8192;  // 32 KB of fp32 in, as much out: fits the second-level cache
 constexpr std::int64_t small_codebook = 16384;
 
-struct Variant {
-    const char* name;
+struct Kernels {
     decltype(&portable::forward) forward;
     decltype(&portable::backward) backward;
 };
 
-std::vector<Variant> find_variants() {
-    std::vector<Variant> out;
+Kernels kernels_of(const std::string& name) {
+    switch (find_variant(name)) {
 #ifdef FLEXLAM_X86_VARIANTS
-    const auto features = cpu_features();
-    const auto has = [&](const char* name) {
-        return std::any_of(features.begin(), features.end(), [&](const auto& f) { return f.first == name && f.second; });
-    };
-    if (has("avx512f") && has("avx512bw") && has("avx512vl")) out.push_back({"avx512", avx512::forward, avx512::backward});
-    if (has("avx2")) out.push_back({"avx2", avx2::forward, avx2::backward});
+        case Variant::avx512: return {avx512::forward, avx512::backward};
+        case Variant::avx2: return {avx2::forward, avx2::backward};
 #endif
-    out.push_back({"portable", portable::forward, portable::backward});
-    return out;
-}
-
-const std::vector<Variant>& variants() {
-    static const std::vector<Variant> found = find_variants();
-    return found;
-}
-
-const Variant& find(const std::string& name) {
-    if (name.empty()) return variants().front();
-    for (const Variant& v : variants())
-        if (name == v.name) return v;
-    throw std::invalid_argument("variant: expected one that this processor has, got '" + name + "'");
+        default: return {portable::forward, portable::backward};
+    }
 }
 
 template <class Body>
@@ -115,20 +98,14 @@ std::int64_t chunk_tokens(std::int64_t slots, int dim) {
     return slots * std::max<std::int64_t>(1, blocks);
 }
 
-std::vector<std::string> fsq_variants() {
-    std::vector<std::string> names;
-    for (const Variant& v : variants()) names.emplace_back(v.name);
-    return names;
-}
-
 void fsq_forward(const LevelPattern& p, const ForwardArgs& a, int threads, const std::string& variant) {
-    const Variant& v = find(variant);
+    const Kernels v = kernels_of(variant);
     each_chunk(a.tokens, a.prefix.slots, p.dim, threads,
                [&](std::int64_t, std::int64_t first, std::int64_t last) { v.forward(p, a, first, last); });
 }
 
 void fsq_backward(const LevelPattern& p, const BackwardArgs& a, int threads, const std::string& variant) {
-    const Variant& v = find(variant);
+    const Kernels v = kernels_of(variant);
     each_chunk(a.tokens, a.prefix.slots, p.dim, threads, [&](std::int64_t i, std::int64_t first, std::int64_t last) {
         v.backward(p, a, first, last, a.grad_null ? a.grad_null + i * p.dim : nullptr);
     });

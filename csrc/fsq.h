@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-namespace flexlam {
+#include "floats.h"
 
-enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
+namespace flexlam {
 
 // Constants of one level set, spread over `lanes * d` elements so that flat vectors need no channel index.
 struct LevelPattern {
@@ -68,10 +68,7 @@ struct LookupArgs {
 // Work is cut into chunks of whole blocks, the same for any number of threads, so sums do not depend on that number.
 std::int64_t chunk_tokens(std::int64_t slots, int dim);
 
-// The instruction sets compiled in that this processor has, widest first; "portable" is always there.
-std::vector<std::string> fsq_variants();
-
-// `variant` is one of fsq_variants(), or "" for the first.
+// `variant` is one of variant_names(), or "" for the first.
 void fsq_forward(const LevelPattern& pattern, const ForwardArgs& args, int threads, const std::string& variant);
 void fsq_backward(const LevelPattern& pattern, const BackwardArgs& args, int threads, const std::string& variant);
 void codes_to_latents(const LevelPattern& pattern, const LookupArgs& args, int threads);

@@ -16,6 +16,62 @@ def cpu_features() -> dict[str, bool]: ...
 def build_info() -> BuildInfo: ...
 def chunk_tokens(slots: int, dim: int) -> int: ...
 def sample_prefix(seed: int, offset: int, edges: int, slots: int, keep: int, blocks: int) -> None: ...
+def linear(
+    x: int,
+    norm: int,
+    weight: int,
+    residual: int,
+    out: int,
+    rows: int,
+    inner: int,
+    outs: int,
+    type: int,
+    gated: bool,
+    fp32_out: bool,
+    eps: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def page_write(
+    qkv: int,
+    q_norm: int,
+    k_norm: int,
+    positions: int,
+    rows: int,
+    k: int,
+    v: int,
+    q: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    pool: int,
+    type: int,
+    theta: float,
+    eps: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def page_attend(
+    q: int,
+    k: int,
+    v: int,
+    table: int,
+    context: int,
+    start: int,
+    out: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page: int,
+    entries: int,
+    pages: int,
+    type: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
 def cuda_partials() -> int: ...
 
 class LevelPattern:

@@ -18,6 +18,7 @@ from flexlam_fast.errors import BackendError, InputError
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
 _BOTTLENECK = "runs the bottleneck; the rest of the model is PyTorch in this version"
+_CODES = "runs bottleneck and sequence model; the rest of the model is PyTorch in this version"
 _DECISION = "runs bottleneck, sequence model and translator; encoder and decoder are PyTorch in this version"
 
 
@@ -54,7 +55,7 @@ def _native(kind: str) -> BackendStatus:
     except ImportError as error:
         return BackendStatus(NATIVE, False, f"the extension is there but does not load: {error}")
     if kind == "cpu":
-        return BackendStatus(NATIVE, True, f"C++ for {info['variants'][0]} {_BOTTLENECK}")
+        return BackendStatus(NATIVE, True, f"C++ for {info['variants'][0]} {_CODES}")
     if not info["cuda"]:
         return BackendStatus(NATIVE, False, "the extension was built without CUDA, because nvcc was not there")
     if not torch.cuda.is_available():

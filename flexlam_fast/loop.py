@@ -22,6 +22,7 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.native import Native
 from flexlam_fast.sequence.packed import Packed
 from flexlam_fast.sequence.sampling import Sampling
 from flexlam_fast.translator import PackedTranslator, Translator, TranslatorOutput, no_actions, one_hot_actions
@@ -63,15 +64,21 @@ class Stages(NamedTuple):
 
 
 def stages_of(
-    lam: LatentActionModel, sequence: SequenceModel, translator: Translator, backend: str, device: torch.device
+    lam: LatentActionModel,
+    sequence: SequenceModel,
+    translator: Translator,
+    backend: str,
+    device: torch.device,
+    pages: torch.dtype,
 ) -> Stages:
-    """The way through the modules that belongs to a backend on a device."""
+    """The way through the modules that belongs to a backend on a device, for pages of that dtype."""
     if backend == TRITON:
         levels, slots = lam.bottleneck.levels, lam.bottleneck.slots
         return Stages(lam, Fused(sequence), translator, PackedTranslator(translator, levels, slots, backend))
-    # the reference is the model as it is; C++ has code for the bottleneck only, and on a CPU packed products beside it
-    plain = Packed(sequence) if backend == NATIVE and device.type == "cpu" else Eager(sequence)
-    return Stages(lam, plain, translator)
+    if backend != NATIVE or device.type != "cpu":  # on a GPU, C++ has code for the bottleneck only
+        return Stages(lam, Eager(sequence), translator)
+    same = pages == sequence.head.weight.dtype
+    return Stages(lam, Native(sequence) if same else Packed(sequence), translator)
 
 
 class DecisionLoop:

@@ -93,7 +93,8 @@ class Policy(Pretrained):
         self.attention = choose_attention(self.device, dtype, layers[0].head_dim, attention)
         for layer in layers:
             layer.implementation = self.attention.name
-        self.stages = stages_of(self.lam, self.sequence, self.translator, self.backend.name, self.device)
+        modules = self.lam, self.sequence, self.translator
+        self.stages = stages_of(*modules, self.backend.name, self.device, self.pages)
         self.reset()
 
     def describe(self) -> str:

@@ -26,7 +26,7 @@ META = torch.device("meta")
 def fused_by_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fused ops run on the meta device: every check, no kernel, and results of the shapes that they promise."""
     for module in (linear, paged, sampling):
-        monkeypatch.setattr(module, "pick", lambda *_: TRITON)
+        monkeypatch.setattr(module, "pick", lambda *_, **__: TRITON)
         monkeypatch.setattr(module, "is_plain", lambda *_: False)
     monkeypatch.setattr(importlib.import_module("flexlam_fast.ops.translate"), "_pick", lambda *_: TRITON)
     monkeypatch.setattr(gradients, "is_plain", lambda *_: False)

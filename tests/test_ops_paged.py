@@ -1,81 +1,26 @@
-"""Keys and values in pages, and attention over them: the reference against the model and transformers, then Triton."""
+"""Keys and values in pages, and attention over them: the reference against the model and transformers, then kernels."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from paged_cases import BACKENDS, DEVICE, DTYPES, Pages, Tokens, dense, every_kernel, pages, tokens, written
 
 from flexlam_fast.ops import paged_reference as reference
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.sequence.model import RMSNorm, rotate, rotation
 from flexlam_fast.testing import assert_within_budget
 
-pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["reference", "triton"]
 
-
-class Pages(NamedTuple):
-    """Arguments of attention: queries, pages, tables, counts; and a projection with its residual."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    table: Tensor
-    context: Tensor
-    start: Tensor
-    weight: Tensor
-    residual: Tensor
-
-
-def pages(
-    dtype: torch.dtype, context: list[int], start: list[int], tokens: int = 1, heads: int = 4, kv_heads: int = 4,
-    dim: int = 16, page: int = 4, entries: int = 8, width: int = 24, seed: int = 0,
-) -> Pages:  # fmt: skip
-    """Sessions whose tokens stand in random pages of one pool; NaN in every token that none of them may read."""
-    generator, batch = torch.Generator().manual_seed(seed), len(context)
-    total = batch * entries + 3
-    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
-    k, v = make(total, page, kv_heads, dim), make(total, page, kv_heads, dim)
-    table = torch.randperm(total, generator=generator)[: batch * entries].view(batch, entries).int()
-    unused = torch.ones(total * page, dtype=torch.bool)
-    for row, c, s in zip(table, context, start, strict=True):
-        seen = c * page + max(s + tokens, 0)
-        assert seen <= entries * page
-        unused[(row.long().unsqueeze(1) * page + torch.arange(page)).flatten()[:seen]] = False
-        row[-(-seen // page) :] = -1
-    for pool in (k, v):
-        pool.view(total * page, -1)[unused.to(DEVICE)] = torch.nan
-    counts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (context, start))
-    weight = make(width, heads * dim) / (heads * dim) ** 0.5
-    return Pages(make(batch, tokens, heads, dim), k, v, table.to(DEVICE), *counts, weight, make(batch, tokens, width))
-
-
-def check(case: Pages) -> None:
+def check(case: Pages, backend: str) -> None:
     """Both ops of the kernels against the reference, and no trace of what they may not read."""
     dtype = case.q.dtype
-    out = paged_attention(*case[:6], backend="triton")
+    out = paged_attention(*case[:6], backend=backend)
     assert_within_budget(out, reference.paged_attention, *case[:6], working_dtype=dtype, name="attended")
-    out = attend_add(*case, backend="triton")
+    out = attend_add(*case, backend=backend)
     assert_within_budget(out, reference.attend_add, *case, working_dtype=dtype, name="projected")
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, row: Tensor, context: int, start: int) -> Tensor:
-    """One session by torch's own attention ``[N, H, D]``, a query at a time, over the tokens it sees, in order."""
-    out = []
-    for n in range(q.shape[0]):
-        seen = context * k.shape[1] + max(start + n + 1, 0)
-        at = [(int(row[j // k.shape[1]]), j % k.shape[1]) for j in range(seen)]
-        keys, values = (torch.stack([pool[p, o] for p, o in at], dim=1).unsqueeze(0) for pool in (k, v))
-        out.append(F.scaled_dot_product_attention(q[n].view(1, -1, 1, q.shape[2]), keys, values, enable_gqa=True))
-    return torch.stack([x[0, :, 0] for x in out])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,8 +35,9 @@ def test_attention_is_torchs_over_the_tokens_in_order(backend: str, kv_heads: in
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "kv_heads"), [(1, 1), (1, 2), (1, 4), (5, 1)])  # 5 x 4 are two fp32 tiles of 16
-def test_kernels_are_within_the_budget(dtype: torch.dtype, kv_heads: int, tokens: int) -> None:
-    check(pages(dtype, [5, 0, 1], [1, 0, -2], tokens, kv_heads=kv_heads, page=16, entries=6))
+@every_kernel
+def test_kernels_are_within_the_budget(backend: str, dtype: torch.dtype, kv_heads: int, tokens: int) -> None:
+    check(pages(dtype, [5, 0, 1], [1, 0, -2], tokens, kv_heads=kv_heads, page=16, entries=6), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,20 +52,22 @@ def test_kernels_are_within_the_budget(dtype: torch.dtype, kv_heads: int, tokens
         (2, 8, 2, 32, 3),
     ],
 )
+@every_kernel
 def test_other_pages_tables_and_tiles(
-    dtype: torch.dtype, tokens: int, page: int, entries: int, dim: int, heads: int
+    backend: str, dtype: torch.dtype, tokens: int, page: int, entries: int, dim: int, heads: int
 ) -> None:
     """Tiles that reach beyond a page or a split, whole tiles of queries, one split, heads that are no power of two."""
     free = entries * page - tokens
     c, s = [free // page, free // page // 2], [free % page, -min(tokens, 3)]
     few = 2 if tokens < 64 else 1
     sizes = dict(tokens=tokens, heads=heads, kv_heads=heads, dim=dim, page=page, entries=entries)
-    check(pages(dtype, c[:few], s[:few], **sizes))
+    check(pages(dtype, c[:few], s[:few], **sizes), backend)
 
 
+@every_kernel
 @settings(max_examples=15)
 @given(data=st.data())
-def test_any_sessions_are_the_references(data: st.DataObject) -> None:
+def test_any_sessions_are_the_references(backend: str, data: st.DataObject) -> None:
     draw = data.draw
     page, entries, tokens = draw(st.sampled_from([1, 7, 16, 32])), draw(st.integers(1, 5)), draw(st.integers(1, 9))
     batch, kv_heads, group = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3]))
@@ -129,7 +77,7 @@ def test_any_sessions_are_the_references(data: st.DataObject) -> None:
         context.append(draw(st.integers(0, (page * entries - tokens) // page)))
         start.append(draw(st.integers(-tokens - 1, page * (entries - context[-1]) - tokens)))
     sizes = dict(tokens=tokens, heads=kv_heads * group, kv_heads=kv_heads, page=page, entries=entries)
-    check(pages(torch.float32, context, start, width=draw(st.integers(1, 40)), **sizes))
+    check(pages(torch.float32, context, start, width=draw(st.integers(1, 40)), **sizes), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,26 +95,28 @@ def test_what_sees_nothing_gives_zeros_and_padding_sees_the_context(backend: str
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.bfloat16, 6)], ids=str)
-def test_where_pages_are_and_who_else_is_there_changes_no_bit(dtype: torch.dtype, tokens: int) -> None:
+@every_kernel
+def test_where_pages_are_and_who_else_is_there_changes_no_bit(backend: str, dtype: torch.dtype, tokens: int) -> None:
     case = pages(dtype, [3, 1, 4], [0, 1, -1], tokens, kv_heads=2, page=32, entries=5)
-    ours, added = paged_attention(*case[:6], backend="triton"), attend_add(*case, backend="triton")
+    ours, added = paged_attention(*case[:6], backend=backend), attend_add(*case, backend=backend)
     order = torch.randperm(case.k.shape[0], device=DEVICE)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=DEVICE)).int()
     moved = torch.where(case.table < 0, 10**6, place[case.table.clamp_min(0).long()])
     shuffled = case._replace(k=case.k[order], v=case.v[order], table=moved)
-    assert torch.equal(paged_attention(*shuffled[:6], backend="triton"), ours)
-    assert torch.equal(attend_add(*shuffled, backend="triton"), added)
+    assert torch.equal(paged_attention(*shuffled[:6], backend=backend), ours)
+    assert torch.equal(attend_add(*shuffled, backend=backend), added)
     for b in (0, 2):
         one = Pages(*(x[b : b + 1] if x.shape[0] == 3 else x for x in case))
-        assert torch.equal(paged_attention(*one[:6], backend="triton")[0], ours[b]), "alone as in company"
+        assert torch.equal(paged_attention(*one[:6], backend=backend)[0], ours[b]), "alone as in company"
         others = torch.tensor([(b + 1) % 3, b, b], device=DEVICE)
         company = Pages(*(x[others] if x.shape[0] == 3 else x for x in case))
-        assert torch.equal(attend_add(*company, backend="triton")[1], added[b]), "whatever the neighbours are"
+        assert torch.equal(attend_add(*company, backend=backend)[1], added[b]), "whatever the neighbours are"
 
 
-def test_strided_counts_queries_and_tables_are_read_where_they_are() -> None:
+@every_kernel
+def test_strided_counts_queries_and_tables_are_read_where_they_are(backend: str) -> None:
     case = pages(torch.float32, [2, 2], [1, 1], tokens=2)
-    expected = attend_add(*case, backend="triton")
+    expected = attend_add(*case, backend=backend)
     wide = torch.full((2, 3), 99, dtype=torch.int32, device=DEVICE)
     wide[:, 1] = case.context
     table = torch.full((2, 20), -7, dtype=torch.int32, device=DEVICE)
@@ -183,58 +133,21 @@ def test_strided_counts_queries_and_tables_are_read_where_they_are() -> None:
             start,
             case.weight.t().contiguous().t(),
             case.residual,
-            backend="triton",
+            backend=backend,
         )
         assert torch.equal(out, expected)
 
 
-class Tokens(NamedTuple):
-    """Arguments of the write."""
-
-    qkv: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
-    positions: Tensor
-    rows: Tensor
-    k: Tensor
-    v: Tensor
-
-
-def tokens(dtype: torch.dtype, batch: int = 2, count: int = 3, heads: int = 4, kv_heads: int = 2, dim: int = 16,
-           most: int = 10**12) -> Tokens:  # fmt: skip
-    """New tokens at random positions, some of which are not stored."""
-    generator = torch.Generator().manual_seed(dim)
-    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
-    positions = torch.randint(0, most, (batch, count), generator=generator)
-    rows = torch.randperm(8 * 5, generator=generator)[: batch * count].view(batch, count)
-    rows[0, -1] = -1
-    pool = (make(8, 5, kv_heads, dim), make(8, 5, kv_heads, dim))
-    norms = (make(dim), make(dim))
-    return Tokens(
-        make(batch, count, (heads + 2 * kv_heads) * dim), *norms, positions.to(DEVICE), rows.to(DEVICE), *pool
-    )
-
-
-def written(backend: str, theta: float = 1e4) -> Any:
-    """The write as a function without side effects: queries, keys and values in one tensor."""
-
-    def run(*args: Tensor) -> Tensor:
-        k, v = args[5].clone(), args[6].clone()
-        q = write_pages(*args[:5], k, v, theta=theta, eps=1e-6, backend=backend)
-        return torch.cat([q.flatten(), k.flatten(), v.flatten()])
-
-    return run
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 2, 16), (1, 5, 3, 1, 64), (3, 1, 2, 2, 128), (0, 3, 2, 1, 16)], ids=str)
-def test_the_write_is_within_the_budget(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+@every_kernel
+def test_the_write_is_within_the_budget(backend: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     batch, count, heads, kv_heads, dim = sizes
     if not batch:
         case = Tokens(*(x[:0] if x.shape[0] == 2 else x for x in tokens(dtype, 2, count, heads, kv_heads, dim)))
     else:
         case = tokens(dtype, batch, count, heads, kv_heads, dim)
-    assert_within_budget(written("triton")(*case), written("reference"), *case, working_dtype=dtype)
+    assert_within_budget(written(backend)(*case), written("reference"), *case, working_dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops_paged import BACKENDS, DEVICE, DTYPES, Pages, Tokens, pages, tokens
+from fsq_cases import RUNS
+from paged_cases import BACKENDS, DEVICE, DTYPES, Pages, Tokens, every_kernel, pages, tokens
 from torch import Tensor
 
 from flexlam_fast.errors import BackendError, InputError
@@ -24,22 +25,24 @@ HERE = Path(__file__).parent
 HOW = dict(theta=1e4, eps=1e-6)
 
 
-def test_opcheck_and_the_pages_are_said_to_be_written() -> None:
+@every_kernel
+def test_opcheck_and_the_pages_are_said_to_be_written(backend: str) -> None:
     new, case = tokens(torch.float32), pages(torch.float32, [1, 0], [0, 0])
     ops = torch.ops.flexlam_fast
     case = case._replace(k=case.k.nan_to_num(), v=case.v.nan_to_num())  # NaN is not equal to itself
     for op, args in ((ops.page_write, (*new, 1e4, 1e-6)), (ops.page_attend, case[:6]), (ops.page_attend_add, case)):
-        told = torch.library.opcheck(op.default, args)
+        told = torch.library.opcheck(op.default, (*args, backend))
         assert set(told.values()) == {"SUCCESS"}, (op, told)
     written = [a.name for a in ops.page_write.default._schema.arguments if a.alias_info and a.alias_info.is_write]
     assert written == ["k_pages", "v_pages"]
 
 
-def test_one_graph_under_torch_compile_with_the_same_results() -> None:
+@every_kernel
+def test_one_graph_under_torch_compile_with_the_same_results(backend: str) -> None:
     def run(new: Tokens, case: Pages) -> Tensor:
-        q = write_pages(*new, **HOW, backend="triton")
-        seen = paged_attention(q[:, :1], new.k, new.v, *case[3:6], backend="triton")
-        return attend_add(seen, new.k, new.v, *case[3:], backend="triton")
+        q = write_pages(*new, **HOW, backend=backend)
+        seen = paged_attention(q[:, :1], new.k, new.v, *case[3:6], backend=backend)
+        return attend_add(seen, new.k, new.v, *case[3:], backend=backend)
 
     torch._dynamo.reset()
     case = pages(torch.float32, [1, 0], [0, 0], kv_heads=2, entries=2)
@@ -121,7 +124,8 @@ def test_attention_far_on_is_attention_at_the_start(backend: str, far: int) -> N
         assert torch.allclose(out, attended(qkv, norm, 0, "reference"), atol=1e-3)
 
 
-def test_kernels_turn_by_the_references_angles_at_any_position() -> None:
+@every_kernel
+def test_kernels_turn_by_the_references_angles_at_any_position(backend: str) -> None:
     """Queries that are unit vectors come out as cosines and sines themselves."""
     at = torch.tensor([0, 1, 2, 7, 1000, 2**24 + 1, 10**8 + 3, 10**10 + 1, 999_999_999_989, 10**12], device=DEVICE)[
         None
@@ -130,7 +134,7 @@ def test_kernels_turn_by_the_references_angles_at_any_position() -> None:
     qkv[..., :32] = 1.0
     one, rows = torch.ones(64, device=DEVICE), torch.full((1, 10), -1, device=DEVICE)
     pool = torch.zeros(1, 1, 1, 64, device=DEVICE)
-    out = write_pages(qkv.flatten(2), one, one, at, rows, pool, pool.clone(), theta=1e4, eps=1e-12, backend="triton")[
+    out = write_pages(qkv.flatten(2), one, one, at, rows, pool, pool.clone(), theta=1e4, eps=1e-12, backend=backend)[
         :, :, 0
     ]
     angle = at.double().unsqueeze(2) * 1e4 ** -(torch.arange(0, 64, 2, dtype=torch.float64, device=DEVICE) / 64)
@@ -184,15 +188,20 @@ def test_backends_by_name_work_or_refuse_and_auto_takes_what_fits() -> None:
     case = pages(torch.float32, [1, 0], [0, 0], dim=24)
     with pytest.raises(BackendError, match=r"^backend: expected a head dimension .* 16\.\.256 for 'triton', got 24$"):
         paged_attention(*case[:6], backend="triton")
-    with pytest.raises(BackendError, match=r"^backend: expected 'reference' or 'triton' .*, got 'native'$"):
-        paged_attention(*case[:6], backend="native")
     expected = paged_attention(*case[:6], backend="reference")
-    for name in (None, "auto"):
-        assert torch.equal(paged_attention(*case[:6], backend=name), expected)
+    for name in (None, "auto", *(["native"] if "native" in BACKENDS else [])):
+        assert torch.allclose(paged_attention(*case[:6], backend=name), expected, atol=1e-6)
     double = Pages(*(x.double() if x.is_floating_point() else x for x in case))
     assert torch.allclose(paged_attention(*double[:6]), expected.double(), atol=1e-6)
-    cpu = torch.device("cpu")
-    assert {paged.pick(name, cpu, dtype, 64) for name in (None, "auto") for dtype in DTYPES} == {"reference"}
+    if ("native", "cpu") in RUNS:
+        with pytest.raises(BackendError, match=r"^backend: expected float32, .* bfloat16 for 'native', got float64$"):
+            paged_attention(*(x.cpu() for x in double[:6]), backend="native")
+    cpu, found = torch.device("cpu"), "native" if ("native", "cpu") in RUNS else "reference"
+    assert {paged.pick(name, cpu, dtype, 64) for name in (None, "auto") for dtype in DTYPES} == {found}
+    with pytest.raises(
+        BackendError, match=r"^backend: expected 'reference' or 'triton' for this op on meta, got 'native'$"
+    ):
+        paged.pick("native", torch.device("meta"), torch.float32, 64)
 
 
 def test_splits_fill_the_chip_and_do_not_depend_on_the_batch() -> None:

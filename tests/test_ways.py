@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_cases import needs_extension
 from small import small_config
 
 from flexlam_fast.config import FlexLAMConfig
@@ -17,6 +18,7 @@ from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.native import Native
 from flexlam_fast.sequence.packed import Packed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -35,9 +37,13 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexlam_fast.kernels.linear.PROCESSORS", 2)
 
 
+WAYS = [Packed, pytest.param(Native, marks=needs_extension)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_is_the_reference_over_300_decisions(dtype: torch.dtype) -> None:
-    found = compare(Packed, CFG, dtype, CPU, 300 if dtype == torch.float32 else 60, 3)
+@pytest.mark.parametrize("way", WAYS)
+def test_fast_on_a_cpu_is_the_reference_over_300_decisions(way: type, dtype: torch.dtype) -> None:
+    found = compare(way, CFG, dtype, CPU, 300 if dtype == torch.float32 else 60, 3)
     assert found.holds(), found
     assert found.codes > 400
     assert found.near_ties <= (0 if dtype == torch.float32 else 0.02 * found.codes)
@@ -120,7 +126,7 @@ def test_fused_kernels_take_pages_of_the_weights_dtype() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", [Eager, Packed])
+@pytest.mark.parametrize("way", [Eager, *WAYS])
 def test_position_100_million_is_as_exact_as_position_0(way: type) -> None:
     """The same context seen from 10^8 tokens on: what comes out differs by rounding alone."""
     cfg = FlexLAMConfig.preset("tiny")

@@ -17,11 +17,13 @@ from flexlam_fast import backend as backends
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import BackendError, InputError
+from flexlam_fast.ops import native_decode
 from flexlam_fast.ops.arguments import FLOATS
 from flexlam_fast.ops.contracts import compiled, define
 from flexlam_fast.ops.gradients import OPS, is_plain
 
-MOST_COLUMNS = 8192  # a program of the kernels for few rows holds whole rows
+MOST_COLUMNS = 8192  # a program of Triton's kernels for few rows holds whole rows
+MOST_ROWS = 16  # beyond, torch's products are faster on a CPU than C++ that is made for a token or a few
 _KERNEL_FLOATS = FLOATS[:3]
 
 
@@ -39,7 +41,8 @@ def norm_linear(
         weight: ``[N, W]`` in ``x``'s dtype.
         eps: added to the mean square.
         fp32_out: return fp32, of logits say, which the kernel then does not round to ``x``'s dtype on the way.
-        backend: ``"reference"`` or ``"triton"``; None or ``"auto"`` takes Triton on CUDA, for widths up to 8,192.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA, for
+            widths up to 8,192, and C++ on a CPU, for up to 16 rows.
 
     Returns:
         ``[..., N]`` in ``x``'s dtype, or fp32 (fp64 for an fp64 ``x``) with ``fp32_out``; no gradient.
@@ -50,7 +53,7 @@ def norm_linear(
     """
     _check_layer(x, weight, "weight")
     _check_like("norm", norm, (x.shape[-1],), x)
-    return _run(x, norm, weight, None, eps, False, fp32_out, pick(backend, x.device, x.dtype, x.shape[-1]))
+    return _run(x, norm, weight, None, eps, False, fp32_out, _for_rows(backend, x))
 
 
 def norm_swiglu(x: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend: str | None = AUTO) -> Tensor:
@@ -74,7 +77,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend
     if gate_up.shape[0] % 2:
         raise InputError(f"gate_up: expected an even number of rows, got {gate_up.shape[0]}")
     _check_like("norm", norm, (x.shape[-1],), x)
-    return _run(x, norm, gate_up, None, eps, True, False, pick(backend, x.device, x.dtype, x.shape[-1]))
+    return _run(x, norm, gate_up, None, eps, True, False, _for_rows(backend, x))
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, backend: str | None = AUTO) -> Tensor:
@@ -95,7 +98,7 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, backend: str | No
     """
     _check_layer(x, weight, "weight")
     _check_like("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
-    return _run(x, None, weight, residual, 0.0, False, False, pick(backend, x.device, x.dtype, x.shape[-1]))
+    return _run(x, None, weight, residual, 0.0, False, False, _for_rows(backend, x))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -125,19 +128,20 @@ def reference(
     return out.to(torch.promote_types(out.dtype, torch.float32)) if fp32_out else out
 
 
-def pick(backend: str | None, device: torch.device, dtype: torch.dtype, most: int) -> str:
+def pick(backend: str | None, device: torch.device, dtype: torch.dtype, most: int, *, native: bool = False) -> str:
     """Return the backend of one of the decision's ops: the one of that name, or an error; ``auto`` chooses.
 
     Args:
         backend: a name, ``"auto"`` or None.
         device: where the arguments are.
         dtype: the floating arguments' dtype.
-        most: the size that a program must hold, of which kernels take :data:`MOST_COLUMNS`.
+        most: the size that a program must hold, of which Triton's kernels take :data:`MOST_COLUMNS`.
+        native: whether there is C++ for this op on a CPU.
 
     Raises:
         BackendError: a backend asked for by name that is not here, or whose kernels do not take such arguments.
     """
-    return _pick(backend or AUTO, device, dtype, most)
+    return _pick(backend or AUTO, device, dtype, most, native)
 
 
 # torch.compiler.assume_constant_result makes this mark too, but imports the compiler, which takes a second
@@ -145,21 +149,30 @@ pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
-def _pick(backend: str, device: torch.device, dtype: torch.dtype, most: int) -> str:
-    takes = dtype in _KERNEL_FLOATS and most <= MOST_COLUMNS
+def _pick(backend: str, device: torch.device, dtype: torch.dtype, most: int, native: bool) -> str:
+    native = native and device.type == "cpu"
+    takes = {TRITON: dtype in _KERNEL_FLOATS and most <= MOST_COLUMNS, NATIVE: native and dtype in _KERNEL_FLOATS}
     if backend == AUTO:
         there = {status.name for status in backends.probe(device) if status.available}
-        return TRITON if device.type == "cuda" and TRITON in there and takes else REFERENCE
-    if backend == NATIVE:
-        raise BackendError("backend: expected 'reference' or 'triton' for the decision's ops, got 'native'")
+        wanted = TRITON if device.type == "cuda" else NATIVE
+        return wanted if wanted in there and takes[wanted] else REFERENCE
+    if backend == NATIVE and not native:
+        where = "" if device.type == "cpu" else f" on {device.type}"
+        raise BackendError(f"backend: expected 'reference' or 'triton' for this op{where}, got 'native'")
     name = backends.choose(backend, device).name
-    if name == TRITON and not takes:
-        kind = str(dtype).removeprefix("torch.")
-        raise BackendError(
-            f"backend: expected float32, float16 or bfloat16 and a width of at most {MOST_COLUMNS} for 'triton', "
-            f"got {most} in {kind}"
-        )
-    return name
+    if takes.get(name, True):
+        return name
+    wanted, got = "float32, float16 or bfloat16", str(dtype).removeprefix("torch.")
+    if name == TRITON:
+        wanted, got = f"{wanted} and a width of at most {MOST_COLUMNS}", f"{most} in {got}"
+    raise BackendError(f"backend: expected {wanted} for {name!r}, got {got}")
+
+
+def _for_rows(backend: str | None, x: Tensor) -> str:
+    """The backend of a linear layer of ``x``."""
+    if backend in (None, AUTO) and x.is_cpu and x.numel() > MOST_ROWS * x.shape[-1]:
+        return REFERENCE
+    return pick(backend, x.device, x.dtype, x.shape[-1], native=True)
 
 
 def _check_layer(x: Tensor, weight: Tensor, name: str, rows: str = "N") -> None:
@@ -194,8 +207,8 @@ def _run(
     if name == REFERENCE:
         return reference(x, norm, weight, residual, eps, gated, fp32_out)
     if is_plain(x, norm, weight, residual):
-        return fused_linear(x, norm, weight, residual, eps, gated, fp32_out)
-    return OPS.fused_linear.default(x, norm, weight, residual, eps, gated, fp32_out)
+        return fused_linear(x, norm, weight, residual, eps, gated, fp32_out, name)
+    return OPS.fused_linear.default(x, norm, weight, residual, eps, gated, fp32_out, name)
 
 
 def fused_linear(
@@ -206,18 +219,25 @@ def fused_linear(
     eps: float,
     gated: bool,
     fp32_out: bool,
+    backend: str,
 ) -> Tensor:
-    """Launch the Triton kernel of the three ops; their arguments are checked."""
-    return compiled(TRITON, "launch_linear").fused_linear(x, norm, weight, residual, eps, gated, fp32_out)
+    """Launch the kernel of the three ops; their arguments are checked."""
+    args = x, norm, weight, residual, eps, gated, fp32_out
+    if backend == NATIVE:
+        return native_decode.fused_linear(compiled(NATIVE), *args)
+    return compiled(TRITON, "launch_linear").fused_linear(*args)
 
 
-def _fake(x: Tensor, norm: Any, weight: Tensor, residual: Any, eps: float, gated: bool, fp32_out: bool) -> Tensor:
+def _fake(
+    x: Tensor, norm: Any, weight: Tensor, residual: Any, eps: float, gated: bool, fp32_out: bool, backend: str
+) -> Tensor:
     outs = weight.shape[0] // (2 if gated else 1)
     return x.new_empty((*x.shape[:-1], outs), dtype=torch.float32 if fp32_out else x.dtype)
 
 
 define(
-    "(Tensor x, Tensor? norm, Tensor weight, Tensor? residual, float eps, bool gated, bool fp32_out) -> Tensor",
+    "(Tensor x, Tensor? norm, Tensor weight, Tensor? residual, float eps, bool gated, bool fp32_out, str backend)"
+    " -> Tensor",
     fused_linear,
     _fake,
 )

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlam_fast.backend import AUTO, REFERENCE, TRITON
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import BackendError, InputError
-from flexlam_fast.ops import linear
+from flexlam_fast.ops import linear, native_decode
 from flexlam_fast.ops import paged_reference as reference
 from flexlam_fast.ops.arguments import FLOATS
 from flexlam_fast.ops.contracts import compiled, define
@@ -56,7 +56,8 @@ def write_pages(
         v_pages: likewise; written.
         theta: base of the RoPE frequencies ``theta**(-2i/D)``.
         eps: added to the mean square.
-        backend: ``"reference"`` or ``"triton"``; None or ``"auto"`` takes Triton on CUDA where its kernels fit.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA where
+            its kernels fit, and C++ on a CPU.
 
     Returns:
         Queries ``[B, N, H, D]``, normed and rotated.
@@ -78,9 +79,10 @@ def write_pages(
     _expect("positions", positions, tuple(qkv.shape[:2]), torch.int64, qkv)
     _expect("rows", rows, tuple(qkv.shape[:2]), torch.int64, qkv)
     args = qkv, q_norm, k_norm, positions, rows, k_pages, v_pages, float(theta), float(eps)
-    if pick(backend, qkv.device, qkv.dtype, dim) == REFERENCE:
+    name = pick(backend, qkv.device, qkv.dtype, dim)
+    if name == REFERENCE:
         return reference.write_pages(*args)
-    return page_write(*args) if is_plain(*args[:7]) else OPS.page_write.default(*args)
+    return page_write(*args, name) if is_plain(*args[:7]) else OPS.page_write.default(*args, name)
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def paged_attention(
     A session sees in full the ``context`` pages that come first in its row of ``table``. Its own tokens stand, in
     order, in the table's next pages; query ``n`` is number ``start + n`` of them and sees those up to itself. A
     negative number sees the context only, and a query that sees nothing gives zeros. A session's result does not depend
-    on the other sessions, nor on which pages hold its tokens, by a single bit; with Triton, not on ``B`` either.
+    on the other sessions, nor on which pages hold its tokens, by a single bit; with Triton and C++ not on ``B`` either.
 
     Args:
         q: ``[B, N, H, D]`` floating.
@@ -119,9 +121,10 @@ def paged_attention(
     """
     _check_attention(q, k_pages, v_pages, table, context, start)
     args = q, k_pages, v_pages, table, context, start
-    if pick(backend, q.device, q.dtype, q.shape[3]) == REFERENCE:
+    name = pick(backend, q.device, q.dtype, q.shape[3])
+    if name == REFERENCE:
         return reference.paged_attention(*args)
-    return page_attend(*args) if is_plain(*args) else OPS.page_attend.default(*args)
+    return page_attend(*args, name) if is_plain(*args) else OPS.page_attend.default(*args, name)
 
 
 @torch.no_grad()
@@ -166,9 +169,10 @@ def attend_add(
         check_tensor("weight", weight, ["W", heads * dim], q.dtype, q.device)
     _expect("residual", residual, (batch, tokens, weight.shape[0]), q.dtype, q)
     args = q, k_pages, v_pages, table, context, start, weight, residual
-    if pick(backend, q.device, q.dtype, dim) == REFERENCE:
+    name = pick(backend, q.device, q.dtype, dim)
+    if name == REFERENCE:
         return reference.attend_add(*args)
-    return page_attend_add(*args) if is_plain(*args) else OPS.page_attend_add.default(*args)
+    return page_attend_add(*args, name) if is_plain(*args) else OPS.page_attend_add.default(*args, name)
 
 
 def pick(backend: str | None, device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -186,8 +190,8 @@ pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=256)
 def _pick(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    name = linear.pick(backend, device, dtype, dim)
-    if name == REFERENCE or (LEAST_DIM <= dim <= MOST_DIM and dim & (dim - 1) == 0):
+    name = linear.pick(backend, device, dtype, dim, native=True)
+    if name != TRITON or (LEAST_DIM <= dim <= MOST_DIM and dim & (dim - 1) == 0):
         return name
     if backend == AUTO:
         return REFERENCE
@@ -244,20 +248,29 @@ def page_write(
     v_pages: Tensor,
     theta: float,
     eps: float,
+    backend: str,
 ) -> Tensor:
-    """Launch the Triton kernel of :func:`write_pages`; its arguments are checked."""
-    launch = compiled(TRITON, "launch_paged")
-    return launch.page_write(qkv, q_norm, k_norm, positions, rows, k_pages, v_pages, theta, eps)
+    """Launch the kernel of :func:`write_pages`; its arguments are checked."""
+    args = qkv, q_norm, k_norm, positions, rows, k_pages, v_pages, theta, eps
+    if backend == NATIVE:
+        return native_decode.page_write(compiled(NATIVE), *args)
+    return compiled(TRITON, "launch_paged").page_write(*args)
 
 
-def page_attend(*args: Tensor) -> Tensor:
-    """Launch the Triton kernels of :func:`paged_attention`; its arguments are checked."""
-    return compiled(TRITON, "launch_paged").page_attend(*args)
+def page_attend(*args: Any) -> Tensor:
+    """Launch the kernels of :func:`paged_attention`; its arguments, and the backend behind them, are checked."""
+    *tensors, backend = args
+    if backend == NATIVE:
+        return native_decode.page_attend(compiled(NATIVE), *tensors)
+    return compiled(TRITON, "launch_paged").page_attend(*tensors)
 
 
-def page_attend_add(*args: Tensor) -> Tensor:
-    """Launch the Triton kernels of :func:`attend_add`; its arguments are checked."""
-    return compiled(TRITON, "launch_paged").page_attend_add(*args)
+def page_attend_add(*args: Any) -> Tensor:
+    """Launch the kernels of :func:`attend_add`; its arguments, and the backend behind them, are checked."""
+    *tensors, backend = args
+    if backend == NATIVE:
+        return native_decode.page_attend_add(compiled(NATIVE), *tensors)
+    return compiled(TRITON, "launch_paged").page_attend_add(*tensors)
 
 
 def _fake_write(
@@ -270,9 +283,13 @@ def _fake_write(
 _SEEN = "Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor context, Tensor start"
 define(
     "(Tensor qkv, Tensor q_norm, Tensor k_norm, Tensor positions, Tensor rows, Tensor(a!) k_pages, "
-    "Tensor(b!) v_pages, float theta, float eps) -> Tensor",
+    "Tensor(b!) v_pages, float theta, float eps, str backend) -> Tensor",
     page_write,
     _fake_write,
 )
-define(f"({_SEEN}) -> Tensor", page_attend, lambda q, *rest: q.new_empty(q.shape))
-define(f"({_SEEN}, Tensor weight, Tensor residual) -> Tensor", page_attend_add, lambda *a: a[7].new_empty(a[7].shape))
+define(f"({_SEEN}, str backend) -> Tensor", page_attend, lambda q, *rest: q.new_empty(q.shape))
+define(
+    f"({_SEEN}, Tensor weight, Tensor residual, str backend) -> Tensor",
+    page_attend_add,
+    lambda *a: a[7].new_empty(a[7].shape),
+)

@@ -1,0 +1,41 @@
+// The parts that threads share out, and what they leave for each other; compiled once per instruction set.
+#pragma once
+
+#include "decode.h"
+
+namespace flexlam {
+
+constexpr std::int64_t widest_vector = 16;  // fp32 numbers
+
+// `n` up to whole vectors.
+constexpr std::int64_t padded(std::int64_t n) { return (n + widest_vector - 1) / widest_vector * widest_vector; }
+
+// What each split of each query leaves: for every head sums [padded dim] of weighted values, their largest score, the sum
+// of their weights (0: it saw nothing), and room for a factor.
+struct Parts {
+    std::int64_t entries, splits, width;
+    float* sums;  // [queries, splits, heads, width]
+
+    float& largest(float* part) const { return part[width - 3]; }
+    float& total(float* part) const { return part[width - 2]; }
+    float& scale(float* part) const { return part[width - 1]; }
+};
+
+struct DecodeKernels {
+    void (*rows)(const LinearArgs&, float* y);  // x in fp32, normed where asked for: [rows, padded inner]
+    void (*outs)(const LinearArgs&, const float* y, std::int64_t first, std::int64_t last);
+    void (*write)(const WriteArgs&, const double* frequency, std::int64_t token);  // frequency [dim / 2]
+    void (*part)(const AttendArgs&, const Parts&, std::int64_t query, std::int64_t split);
+    void (*join)(const AttendArgs&, const Parts&, std::int64_t query);
+};
+
+#define FLEXLAM_DECLARE(name)                          \
+    namespace name {                                   \
+    const DecodeKernels& decode_kernels(Float type);   \
+    }
+FLEXLAM_DECLARE(portable)
+FLEXLAM_DECLARE(avx2)
+FLEXLAM_DECLARE(avx512)
+#undef FLEXLAM_DECLARE
+
+}  // namespace flexlam
