@@ -42,6 +42,7 @@ parity() {
         "$PYTHON" bench/parity.py --preset dmlab --way fused --device cuda --dtype "$dtype" --batch 8 \
             --decisions "$([ "$dtype" = bfloat16 ] && echo 300 || echo 40)" || return 1
     done
+    "$PYTHON" bench/steady.py --preset dmlab --device cuda --dtype bfloat16
 }
 
 sanitizer() {
