@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 from fsq_cases import LEVEL_SETS, MORE_LEVEL_SETS, every_run, is_interpreted, sample
+from fsq_rule import bits, constants, near_the_edges, straight_through, suffix_sum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fsq import bits, constants, near_the_edges
 from torch import Tensor
 from vector_quantize_pytorch import FSQ
 
@@ -113,19 +113,6 @@ def test_any_call_is_the_references(
         assert ours.dtype == theirs.dtype
         ulp = torch.finfo(z.dtype).eps if ours.shape == z.shape else torch.finfo(theirs.dtype).eps
         assert torch.allclose(ours.double(), theirs.double(), rtol=4 * ulp, atol=1e-5)
-
-
-def straight_through(z: Tensor, weight: Tensor, levels: tuple[int, ...], keep: Tensor) -> Tensor:
-    """The gradient of the weighted sum of latents, as the design states it."""
-    half, _, shift, half_width = (c.to(z.device) for c in constants(levels, z.dtype))
-    grad = weight * (1 - (z + shift).tanh().square()) * half / half_width
-    beyond = torch.arange(z.shape[-2], device=z.device) >= keep.unsqueeze(-1)
-    return torch.where(beyond.unsqueeze(-1), torch.zeros_like(grad), grad)
-
-
-def suffix_sum(weight: Tensor, keep: Tensor) -> Tensor:
-    beyond = torch.arange(weight.shape[-2], device=weight.device) >= keep.unsqueeze(-1)
-    return torch.where(beyond.unsqueeze(-1), weight, torch.zeros_like(weight)).flatten(0, -2).sum(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

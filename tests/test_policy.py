@@ -1,74 +1,22 @@
-"""Policy: whole decisions against the parts they are made of, sessions, budgets, and what is refused."""
+"""Policy: whole decisions against the parts they are made of, sessions and budgets."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from policy_cases import SIZE, K, build, play, video
 from torch import Tensor
 
 from flexlam_fast.backend import choose
-from flexlam_fast.config import BottleneckConfig, DecoderConfig, EncoderConfig, FlexLAMConfig, SequenceConfig
-from flexlam_fast.errors import BackendError, BudgetError, CheckpointError, InputError
+from flexlam_fast.errors import InputError
 from flexlam_fast.layers import normalise
 from flexlam_fast.policy import Policy
 from flexlam_fast.sequence.layout import OBSERVATION, history_layout
 from flexlam_fast.translator import encode_actions, no_actions
 from flexlam_fast.types import Actions, Decision
-
-K, SIZE = 6, 16
-
-
-def small(prefix: str = "uniform") -> FlexLAMConfig:
-    return dataclasses.replace(
-        FlexLAMConfig.preset("tiny"),
-        frame=SIZE,
-        bottleneck=BottleneckConfig(slots=K, prefix=prefix),
-        encoder=EncoderConfig(depth=1, width=32, heads=2, mlp_ratio=2, patch=4),
-        decoder=DecoderConfig(depth=1, heads=2, head_dim=16, ffn=32, patch=8, steps=2),
-        sequence=SequenceConfig(
-            hidden=32,
-            intermediate=48,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            patch=8,
-            window=6,
-            stride=4,
-            places=True,
-        ),
-    )
-
-
-def build(**how: Any) -> Policy:
-    """A policy whose random weights tell codes and actions clearly apart."""
-    policy = Policy(small(), **how)
-    generator = torch.Generator().manual_seed(0)
-    for name, p in policy.sequence.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if "norm" in name else 0.0))
-    return policy
-
-
-def video(steps: int, batch: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (steps, batch, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
-
-
-def play(
-    policy: Policy, frames: Tensor, budgets: list[int], resets: dict[int, list[int]] | None = None
-) -> list[Decision]:
-    policy.reset(frames.shape[1])
-    decisions = []
-    for t, (frame, k) in enumerate(zip(frames, budgets, strict=True)):
-        if resets and t in resets:
-            policy.reset(sessions=resets[t])
-        decisions.append(policy.act(frame, k))
-    return decisions
 
 
 def decided_by_the_parts(policy: Policy, frames: Tensor, decisions: list[Decision]) -> list[tuple[Tensor, Actions]]:
@@ -195,19 +143,6 @@ def test_codes_drawn_at_a_temperature_repeat_from_the_seed() -> None:
             policy.act(frames[0], K, temperature=wrong)
 
 
-def test_a_refused_call_leaves_the_sessions_as_they_were() -> None:
-    policy, frames = build(), video(8, 2)
-    expected = play(policy, frames, [3] * 8)
-    policy.reset(2)
-    for frame, decision in zip(frames, expected, strict=True):
-        for wrong, budget in ((frame, 0), (frame, K + 1), (frame[:1], 3), (frame.float() * torch.nan, 3)):
-            with pytest.raises(InputError):
-                policy.act(wrong, budget)
-        again = policy.act(frame, 3)
-        assert torch.equal(again.codes, decision.codes)
-        assert torch.equal(again.actions.discrete, decision.actions.discrete)
-
-
 def test_frames_may_be_numpy_strided_or_read_only(recwarn: pytest.WarningsRecorder) -> None:
     policy, frames = build(), video(3, 2)
     expected = play(policy, frames, [K] * 3)[-1]
@@ -251,15 +186,6 @@ def test_a_decision_handed_out_and_the_policy_do_not_share_memory() -> None:
     assert torch.equal(last[1], expected.codes)
 
 
-def test_weights_come_from_the_seed_alone() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    a, b, c = Policy(small(), seed=1), Policy(small(), seed=1), Policy(small(), seed=2)
-    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are not drawn from"
-    assert all(torch.equal(x, y) for x, y in zip(a.state().values(), b.state().values(), strict=True))
-    assert not all(torch.equal(x, y) for x, y in zip(a.state().values(), c.state().values(), strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_acts_and_imagines(dtype: torch.dtype) -> None:
     policy, frames = build(dtype=dtype), video(10, 2)
@@ -282,81 +208,8 @@ def test_imagination_repeats_from_its_seed() -> None:
     assert not torch.equal(imagine(1), first)
 
 
-def test_a_saved_policy_decides_the_same(tmp_path: Path) -> None:
-    policy, frames = build(), video(9, 2)
-    expected = play(policy, frames, [1 + t % K for t in range(9)])
-    policy.save_pretrained(tmp_path / "policy", notes={"log.txt": "trained by nobody"})
-    again = Policy.from_pretrained(tmp_path / "policy")
-    assert again.cfg == policy.cfg
-    assert all(torch.equal(x, y) for x, y in zip(policy.state().values(), again.state().values(), strict=True))
-    for x, y in zip(expected, play(again, frames, [1 + t % K for t in range(9)]), strict=True):
-        assert torch.equal(x.codes, y.codes)
-        assert torch.equal(x.actions.discrete, y.actions.discrete)
-    assert (tmp_path / "policy" / "log.txt").read_text() == "trained by nobody"
-
-
-def test_a_policy_of_another_size_or_with_nan_is_refused(tmp_path: Path) -> None:
-    policy = build()
-    tensors = policy.state()
-    with pytest.raises(CheckpointError, match=r"^f: .*translator.head.bias"):
-        policy.load_state("f", {k: v for k, v in tensors.items() if k != "translator.head.bias"})
-    with pytest.raises(CheckpointError, match=r"^f: lam.bottleneck.null: expected"):
-        policy.load_state("f", {**tensors, "lam.bottleneck.null": torch.zeros(5)})
-    with pytest.raises(CheckpointError, match=r"^f: lam.bottleneck.null: expected finite floating numbers"):
-        policy.load_state("f", {**tensors, "lam.bottleneck.null": torch.full((4,), torch.nan)})
-    with pytest.raises(CheckpointError, match=r"^no-such-policy: expected a directory or one of "):
-        Policy.from_pretrained("no-such-policy")
-
-
 def test_describe_names_the_parts_the_device_and_the_backend() -> None:
     text = build().describe()
     for word in ("lam", "sequence", "translator", "cpu", "float32", choose("auto", "cpu").name):
         assert word in text
     assert "\n" not in text
-
-
-FRAME = video(1, 2)[0]
-
-
-@pytest.mark.parametrize(
-    ("frames", "budget", "kind", "sentence"),
-    [
-        (FRAME, 0, BudgetError, r"^budget: expected an integer in 1\.\.6, got 0$"),
-        (FRAME, K + 1, BudgetError, r"^budget: expected an integer in 1\.\.6, got 7$"),
-        (FRAME, -1, BudgetError, r"^budget: expected an integer in 1\.\.6, got -1$"),
-        (FRAME, 2.0, BudgetError, r"^budget: expected an integer in 1\.\.6, got 2\.0$"),
-        (FRAME, True, BudgetError, r"^budget: expected an integer in 1\.\.6, got True$"),
-        (FRAME, None, BudgetError, r"^budget: expected an integer in 1\.\.6 or deadline_ms, got neither$"),
-        (torch.full((2, SIZE, SIZE, 3), torch.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
-        (np.full((2, SIZE, SIZE, 3), np.nan), 3, InputError, r"^frames: expected finite values, got 1536 NaN"),
-        (FRAME.float(), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,16,3\] float32 cpu$"),
-        (FRAME.numpy().astype(np.int64), 3, InputError, r"^frames: expected .* got \[2,16,16,3\] int64 cpu$"),
-        (FRAME[:1], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[1,16,16,3\] uint8 cpu$"),
-        (FRAME[0], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[16,16,3\] uint8 cpu$"),
-        (FRAME[:, :, :8], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,8,3\] uint8 cpu$"),
-        (FRAME.movedim(-1, 1), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,3,16,16\] uint8 cpu$"),
-        (FRAME[..., :1], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got \[2,16,16,1\] uint8 cpu$"),
-        (np.array([["a"]]), 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got "),
-        ([1, 2], 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got list \[1, 2\]$"),
-        (None, 3, InputError, r"^frames: expected \[2,16,16,3\] uint8, got NoneType None$"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_in_one_sentence(frames: Any, budget: Any, kind: type[Exception], sentence: str) -> None:
-    policy = build()
-    policy.reset(2)
-    with pytest.raises(kind, match=sentence) as caught:
-        policy.act(frames, budget)
-    assert "\n" not in str(caught.value)
-    assert policy.cache.t.tolist() == [-1, -1]
-
-
-def test_wrong_construction_and_resets_are_refused_in_one_sentence() -> None:
-    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16, float16, got torch\.float64$"):
-        Policy(small(), dtype=torch.float64)
-    with pytest.raises(BackendError, match="^backend: expected one of"):
-        Policy(small(), backend="cudnn")
-    policy = build()
-    with pytest.raises(BudgetError, match=r"^batch_size: expected an integer in 1\.\."):
-        policy.reset(0)
-    with pytest.raises(InputError, match=r"^sessions: expected open ones, each once, of \[0\], got \[1\]$"):
-        policy.reset(sessions=[1])
