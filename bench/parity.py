@@ -20,16 +20,21 @@ from torch import Tensor
 
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.sequence import decode
-from flexlam_fast.sequence.cache import PagedCache
-from flexlam_fast.sequence.decode import Runner
+from flexlam_fast.sequence.cache import PagedCache, Placement
+from flexlam_fast.sequence.decode import BlockRunner, Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.native import Native
+from flexlam_fast.sequence.native import Native, NativeBlock
 from flexlam_fast.sequence.packed import Packed
 from flexlam_fast.testing import FORWARD_FACTOR
 
-RUNNERS: dict[str, Callable[[SequenceModel], Runner]] = {"packed": Packed, "native": Native, "fused": Fused}
+RUNNERS: dict[str, Callable[[SequenceModel], Runner]] = {
+    "packed": Packed,
+    "native": Native,
+    "block": NativeBlock,
+    "fused": Fused,
+}
 
 
 class Parity(NamedTuple):
@@ -66,6 +71,18 @@ class Scripted:
             self.script.append(logits.argmax(-1))
         code = self.script[slot]
         return code.int(), self.model.embed_codes(code.unsqueeze(1), torch.arange(slot, slot + 1, device=code.device))
+
+
+class ScriptedBlock(Scripted):
+    """The same for a way that generates a whole block in one call."""
+
+    def block(self, cache: PagedCache, place: Placement, first: Tensor, k: int, sampling: Any) -> Tensor:
+        """Feed the script; remember the logits that codes would be chosen from."""
+        given = torch.stack([*self.script[: k - 1], torch.zeros_like(first[:, 0], dtype=torch.int64)], dim=1).int()
+        logits = torch.empty(*given.shape, first.shape[1])
+        codes: Tensor = self.runner.block(cache, place, first, k, sampling, given=given, logits=logits)  # type: ignore[attr-defined]
+        self.seen = list(logits.unbind(1))
+        return codes
 
 
 @torch.no_grad()
@@ -106,7 +123,7 @@ def compare(
         pixels, k, script = pixels.to(device, dtype), draw.randint(1, slots), []
         rows = []
         for runner, cache, kind in zip(runners, caches, kinds, strict=True):
-            way = Scripted(runner, script)
+            way = (ScriptedBlock if isinstance(runner, BlockRunner) else Scripted)(runner, script)
             decode.generate(way, cache, decode.append(way, cache, codes, pixels.to(kind)), k)
             rows.append(torch.stack(way.seen, dim=1).double())
         found.append([(rows[i] - rows[2]).flatten() for i in (0, 1)])
@@ -127,7 +144,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="of the model")
-    parser.add_argument("--way", choices=RUNNERS, default="native", help="packed or native (CPU), fused (Triton)")
+    parser.add_argument("--way", choices=RUNNERS, default="block", help="packed, native or block (CPU), fused (Triton)")
     parser.add_argument("--decisions", type=int, default=300, help="how many")
     parser.add_argument("--batch", type=int, default=3, help="sessions, which start anew at different times")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

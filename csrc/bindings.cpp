@@ -3,14 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu_features.h"
 #include "decode.h"
+#include "engine.h"
 #include "fsq.h"
 #include "parallel.h"
+#include "prefill.h"
 #include "variants.h"
 #ifdef FLEXLAM_CUDA
 #include "fsq_cuda.h"
@@ -86,28 +91,80 @@ void sample(std::int64_t seed, std::int64_t offset, Address edges, std::int64_t 
 void linear(Address x, Address norm, Address weight, Address residual, Address out, std::int64_t rows,
             std::int64_t inner, std::int64_t outs, int type, bool gated, bool fp32_out, float eps, int threads,
             const std::string& variant) {
+    const auto kind = static_cast<flexlam::Float>(type);
     flexlam::linear({at<const void>(x), at<const void>(norm), at<const void>(weight), at<const void>(residual),
-                     at<void>(out), rows, inner, outs, static_cast<flexlam::Float>(type), gated, fp32_out, eps},
+                     at<void>(out), rows, inner, outs, kind, kind, fp32_out ? flexlam::Float::f32 : kind, gated, eps},
                     threads, variant);
 }
 
 void page_write(Address qkv, Address q_norm, Address k_norm, Address positions, Address rows, Address k, Address v,
                 Address q, std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,
                 std::int64_t pool, int type, double theta, float eps, int threads, const std::string& variant) {
-    flexlam::page_write({at<const void>(qkv), at<const void>(q_norm), at<const void>(k_norm),
-                         at<const std::int64_t>(positions), at<const std::int64_t>(rows), at<void>(k), at<void>(v),
-                         at<void>(q), tokens, heads, kv_heads, dim, pool, static_cast<flexlam::Float>(type), theta, eps},
-                        threads, variant);
+    const auto kind = static_cast<flexlam::Float>(type);
+    flexlam::page_write({at<const void>(qkv), at<const void>(q_norm), at<const void>(k_norm), nullptr, nullptr,
+                         at<const std::int64_t>(rows), at<void>(k), at<void>(v), at<void>(q), tokens, heads, kv_heads,
+                         dim, pool, kind, kind, kind, eps},
+                        at<const std::int64_t>(positions), theta, threads, variant);
 }
 
 void page_attend(Address q, Address k, Address v, Address table, Address context, Address start, Address out,
                  std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,
                  std::int64_t page, std::int64_t entries, std::int64_t pages, int type, int threads,
                  const std::string& variant) {
-    flexlam::page_attend({at<const void>(q), at<const void>(k), at<const void>(v), at<const std::int32_t>(table),
-                          at<const std::int32_t>(context), at<const std::int32_t>(start), at<void>(out), batch, tokens,
-                          heads, kv_heads, dim, page, entries, pages, static_cast<flexlam::Float>(type)},
-                         threads, variant);
+    const auto kind = static_cast<flexlam::Float>(type);
+    const flexlam::AttendArgs args{at<const void>(q), at<const void>(k), at<const void>(v), at<const std::int32_t>(table),
+                                   at<const std::int32_t>(context), at<const std::int32_t>(start), at<void>(out), batch,
+                                   tokens, heads, kv_heads, dim, page, entries, pages, kind, kind};
+    if (variant == "tiles") {
+        if (!flexlam::has_tiles() || !flexlam::takes_tiles(args))
+            throw std::invalid_argument("variant: expected AMX, bf16, heads of 32s and pages of 16s for 'tiles'");
+        return flexlam::tiles_attend(args, threads);
+    }
+    flexlam::page_attend(args, threads, variant);
+}
+
+bool takes_tiles(std::int64_t dim, std::int64_t page, int type) {
+    flexlam::AttendArgs args{};
+    args.dim = dim, args.page = page, args.in = args.type = static_cast<flexlam::Float>(type);
+    return flexlam::has_tiles() && flexlam::takes_tiles(args);
+}
+
+void norm_rows(Address x, Address weight, Address out, std::int64_t rows, std::int64_t width, int type, float eps,
+               int threads, const std::string& variant) {
+    flexlam::norm_rows(at<const void>(x), at<const void>(weight), at<void>(out), rows, width,
+                       static_cast<flexlam::Float>(type), eps, threads, variant);
+}
+
+void swiglu_rows(Address x, Address out, std::int64_t rows, std::int64_t inner, int type, int threads,
+                 const std::string& variant) {
+    flexlam::swiglu_rows(at<const void>(x), at<void>(out), rows, inner, static_cast<flexlam::Float>(type), threads,
+                         variant);
+}
+
+std::unique_ptr<flexlam::SequenceEngine> sequence_engine(
+    const std::vector<std::array<Address, 8>>& layers, Address embedding, Address place, Address norm, Address head,
+    std::int64_t hidden, std::int64_t inner, std::int64_t heads, std::int64_t kv_heads, std::int64_t dim,
+    std::int64_t codes, std::int64_t slots, double theta, float eps, int type) {
+    flexlam::ModelWeights weights{{}, at<const void>(embedding), at<const void>(place), at<const void>(norm),
+                                  at<const void>(head)};
+    for (const auto& l : layers)
+        weights.layers.push_back({at<const void>(l[0]), at<const void>(l[1]), at<const void>(l[2]), at<const void>(l[3]),
+                                  at<const void>(l[4]), at<const void>(l[5]), at<const void>(l[6]),
+                                  at<const void>(l[7])});
+    const flexlam::ModelShape shape{hidden, inner, heads, kv_heads, dim, codes, slots, theta, eps,
+                                    static_cast<flexlam::Float>(type)};
+    return std::make_unique<flexlam::SequenceEngine>(shape, std::move(weights));
+}
+
+void generate(flexlam::SequenceEngine& engine, Address k, Address v, Address table, Address context, Address starts,
+              Address rows, Address positions, Address first, Address noise, Address given, Address chosen, Address logits,
+              std::int64_t batch, std::int64_t budget, std::int64_t page, std::int64_t entries, std::int64_t pages,
+              std::int64_t top_k, float inverse, int type, int threads, const std::string& variant) {
+    engine.generate({at<void>(k), at<void>(v), at<const std::int32_t>(table), at<const std::int32_t>(context),
+                     at<const std::int32_t>(starts), at<const std::int64_t>(rows), at<const std::int64_t>(positions), at<const float>(first),
+                     at<const float>(noise), at<const std::int32_t>(given), at<std::int32_t>(chosen), at<float>(logits),
+                     batch, budget, page, entries, pages, top_k, inverse, static_cast<flexlam::Float>(type)},
+                    threads, variant);
 }
 
 #ifdef FLEXLAM_CUDA
@@ -161,6 +218,23 @@ PYBIND11_MODULE(_C, m) {
           py::arg("context"), py::arg("start"), py::arg("out"), py::arg("batch"), py::arg("tokens"), py::arg("heads"),
           py::arg("kv_heads"), py::arg("dim"), py::arg("page"), py::arg("entries"), py::arg("pages"), py::arg("type"),
           py::arg("threads"), py::arg("variant") = "", "Attention over pages: AttendArgs.");
+    m.def("takes_tiles", &takes_tiles, py::arg("dim"), py::arg("page"), py::arg("type"),
+          "Whether page_attend takes the variant \"tiles\" for such heads and pages here.");
+    m.def("norm_rows", &norm_rows, free_gil, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("rows"),
+          py::arg("width"), py::arg("type"), py::arg("eps"), py::arg("threads"), py::arg("variant") = "",
+          "Root mean square norm of rows.");
+    m.def("swiglu_rows", &swiglu_rows, free_gil, py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("inner"),
+          py::arg("type"), py::arg("threads"), py::arg("variant") = "", "silu(x[:, :inner]) * x[:, inner:] of rows.");
+    py::class_<flexlam::SequenceEngine>(m, "SequenceEngine", "The sequence model's weights, for whole blocks of codes.")
+        .def(py::init(&sequence_engine), py::arg("layers"), py::arg("embedding"), py::arg("place"), py::arg("norm"),
+             py::arg("head"), py::arg("hidden"), py::arg("inner"), py::arg("heads"), py::arg("kv_heads"), py::arg("dim"),
+             py::arg("codes"), py::arg("slots"), py::arg("theta"), py::arg("eps"), py::arg("type"),
+             "Addresses of csrc/engine.h's LayerWeights and ModelWeights, which must outlive this; ModelShape.")
+        .def("generate", &generate, free_gil, py::arg("k"), py::arg("v"), py::arg("table"), py::arg("context"),
+             py::arg("starts"), py::arg("rows"), py::arg("positions"), py::arg("first"), py::arg("noise"), py::arg("given"),
+             py::arg("chosen"), py::arg("logits"), py::arg("batch"), py::arg("budget"), py::arg("page"),
+             py::arg("entries"), py::arg("pages"), py::arg("top_k"), py::arg("inverse"), py::arg("type"),
+             py::arg("threads"), py::arg("variant") = "", "Generates `budget` codes of every session: BlockArgs.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")

@@ -6,6 +6,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "decode_parts.h"
 #include "vectors.inl"
 
@@ -22,13 +26,21 @@ struct Stored<Float::f32> {
     using type = float;
 };
 
+#if FLEXLAM_LANES == 16
+inline vf widened(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+#elif defined(__F16C__)
+inline vf widened(vh h) { return (vf)_mm256_cvtph_ps((__m128i)h); }
+#else
+inline vf widened(vh h) { return from_f16(h); }
+#endif
+
 // One vector of numbers of type F from element `i` on.
 template <Float F>
 inline vf load_as(const void* p, std::int64_t i) {
     const auto* at = static_cast<const typename Stored<F>::type*>(p) + i;
     if constexpr (F == Float::f32) return load<vf>(at);
     if constexpr (F == Float::bf16) return from_bf16(load<vh>(at));
-    return from_f16(load<vh>(at));
+    return widened(load<vh>(at));
 }
 
 template <Float F>
@@ -56,10 +68,21 @@ inline void store_some(void* p, std::int64_t i, vf x, std::int64_t count) {
     std::copy_n(some, count, static_cast<typename Stored<F>::type*>(p) + i);
 }
 
+// The same of a type that is known at run time only; for what is short.
+inline vf load_typed(Float type, const void* p, std::int64_t i, std::int64_t count) {
+    if (type == Float::f32) return load_some<Float::f32>(p, i, count);
+    return type == Float::bf16 ? load_some<Float::bf16>(p, i, count) : load_some<Float::f16>(p, i, count);
+}
+
+inline void store_typed(Float type, void* p, std::int64_t i, vf x, std::int64_t count) {
+    if (type == Float::f32) return store_some<Float::f32>(p, i, x, count);
+    type == Float::bf16 ? store_some<Float::bf16>(p, i, x, count) : store_some<Float::f16>(p, i, x, count);
+}
+
 template <Float F>
 inline vf rounded(vf x) {
     if constexpr (F == Float::bf16) return from_bf16(to_bf16(x));
-    if constexpr (F == Float::f16) return from_f16(to_f16(x));
+    if constexpr (F == Float::f16) return widened(to_f16(x));
     return x;
 }
 
@@ -68,39 +91,65 @@ inline float sum_of(vf x) {
     return x[0];
 }
 
-// Products of V rows of `w`, `stride` elements apart from element `first` on, with x [inner] (zeros up to whole vectors):
-// lane r is row r, and where there are fewer rows than lanes the last is taken again.
+// Adds the products of V rows of `w` from element `i` of each on: x [inner] has been gone through up to there.
+template <Float F>
+inline void add_products(const void* w, const std::int64_t* at, std::int64_t i, std::int64_t inner, const float* x,
+                         vf* sum) {
+    for (; i + V <= inner; i += V) {
+        const vf part = load<vf>(x + i);
+        for (int r = 0; r < V; ++r) sum[r] += load_as<F>(w, at[r] + i) * part;
+    }
+    if (i == inner) return;
+    const vf part = load<vf>(x + i);
+    for (int r = 0; r < V; ++r) sum[r] += load_some<F>(w, at[r] + i, inner - i) * part;
+}
+
+// Goes through as much of x as two numbers at a time can be multiplied; returns how much.
+template <Float F>
+inline std::int64_t add_pair_products(const void* w, const std::int64_t* at, std::int64_t inner, const float* x, vf* sum) {
+#ifdef __AVX512BF16__
+    if constexpr (F == Float::bf16) {
+        std::int64_t i = 0;
+        for (; i + 2 * V <= inner; i += 2 * V) {
+            const __m512bh part = _mm512_cvtne2ps_pbh((__m512)load<vf>(x + i + V), (__m512)load<vf>(x + i));
+            for (int r = 0; r < V; ++r) {
+                const __m512bh row = (__m512bh)_mm512_loadu_si512(static_cast<const std::uint16_t*>(w) + at[r] + i);
+                sum[r] = (vf)_mm512_dpbf16_ps((__m512)sum[r], row, part);
+            }
+        }
+        return i;
+    }
+#endif
+    static_cast<void>(w), static_cast<void>(at), static_cast<void>(inner), static_cast<void>(x), static_cast<void>(sum);
+    return 0;
+}
+
+// Products of V rows of `w`, `stride` elements apart from element `first` on, with x [inner], which is rounded to F (zeros
+// up to whole vectors): lane r is row r, and where there are fewer rows than lanes the last is taken again.
 template <Float F>
 inline vf dots(const void* w, std::int64_t first, std::int64_t stride, std::int64_t rows, std::int64_t inner,
                const float* x) {
     vf sum[V] = {};
     std::int64_t at[V];
     for (int r = 0; r < V; ++r) at[r] = first + stride * std::min<std::int64_t>(r, rows - 1);
-    std::int64_t i = 0;
-    for (; i + V <= inner; i += V) {
-        const vf part = load<vf>(x + i);
-        for (int r = 0; r < V; ++r) sum[r] += load_as<F>(w, at[r] + i) * part;
-    }
-    if (i < inner) {
-        const vf part = load<vf>(x + i);
-        for (int r = 0; r < V; ++r) sum[r] += load_some<F>(w, at[r] + i, inner - i) * part;
-    }
+    add_products<F>(w, at, add_pair_products<F>(w, at, inner, x, sum), inner, x, sum);
     for (int left = V; left > 1; left /= 2)
         for (int r = 0; r < left / 2; ++r) sum[r] = add_pairs(sum[2 * r], sum[2 * r + 1]);
     return sum[0];
 }
 
-// The root mean square norm of x [n] from element `first` on, times `weight`, into `out` (zeros up to whole vectors).
+// The root mean square norm of x [n] of type `in` from element `first` on, times `weight`, into `out` (zeros up to whole
+// vectors).
 template <Float F>
-void norm_row(const void* x, std::int64_t first, const void* weight, std::int64_t n, float eps, float* out) {
+void norm_row(Float in, const void* x, std::int64_t first, const void* weight, std::int64_t n, float eps, float* out) {
     vf squares{};
     for (std::int64_t i = 0; i < n; i += V) {
-        const vf v = load_some<F>(x, first + i, n - i);
+        const vf v = rounded<F>(load_typed(in, x, first + i, n - i));
         squares += v * v;
     }
     const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps);
     for (std::int64_t i = 0; i < n; i += V) {
-        const vf y = rounded<F>(load_some<F>(x, first + i, n - i) * scale);
+        const vf y = rounded<F>(rounded<F>(load_typed(in, x, first + i, n - i)) * scale);
         store(out + i, rounded<F>(load_some<F>(weight, i, n - i) * y));
     }
 }
@@ -116,14 +165,14 @@ inline vf silu(vf x) { return x / (1.0f + exp_of(-x)); }
 
 template <Float F>
 void rows_of(const LinearArgs& a, float* y) {
-    const std::int64_t wide = padded(a.inner);
     for (std::int64_t r = 0; r < a.rows; ++r) {
+        float* row = y + r * padded(a.inner);
         if (a.norm) {
-            norm_row<F>(a.x, r * a.inner, a.norm, a.inner, a.eps, y + r * wide);
+            norm_row<F>(a.in, a.x, r * a.inner, a.norm, a.inner, a.eps, row);
             continue;
         }
         for (std::int64_t i = 0; i < a.inner; i += V)
-            store(y + r * wide + i, load_some<F>(a.x, r * a.inner + i, a.inner - i));
+            store(row + i, rounded<F>(load_typed(a.in, a.x, r * a.inner + i, a.inner - i)));
     }
 }
 
@@ -136,48 +185,37 @@ void outs_of(const LinearArgs& a, const float* y, std::int64_t first, std::int64
             vf sum = dots<F>(a.weight, n * a.inner, a.inner, count, a.inner, x);
             if (a.gated) sum = silu(sum) * dots<F>(a.weight, (a.outs + n) * a.inner, a.inner, count, a.inner, x);
             const std::int64_t at = r * a.outs + n;
-            if (a.residual) sum += load_some<F>(a.residual, at, count);
-            a.fp32_out ? store_some<Float::f32>(a.out, at, sum, count) : store_some<F>(a.out, at, sum, count);
+            if (a.residual) sum += load_typed(a.to, a.residual, at, count);
+            store_typed(a.to, a.out, at, sum, count);
         }
     }
 }
 
-// Element of type F at `i`.
 template <Float F>
-inline void put(void* p, std::int64_t i, float x) {
-    store_some<F>(p, i, vf{} + x, 1);
-}
-
-template <Float F>
-void write_token(const WriteArgs& a, const double* frequency, std::int64_t token) {
-    const std::int64_t half = a.dim / 2, row = a.rows[token];
-    const std::int64_t from = token * (a.heads + 2 * a.kv_heads) * a.dim;
-    thread_local std::vector<float> buffer;
-    buffer.resize(static_cast<std::size_t>(2 * padded(a.dim)));
-    float *cosine = buffer.data(), *sine = cosine + half, *y = cosine + padded(a.dim);
-    for (std::int64_t i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(a.positions[token]) * frequency[i];
-        cosine[i] = static_cast<float>(std::cos(angle)), sine[i] = static_cast<float>(std::sin(angle));
-    }
+void write_token(const WriteArgs& a, std::int64_t token, std::int64_t first, std::int64_t last) {
+    const std::int64_t half = a.dim / 2, row = a.rows[token], from = token * (a.heads + 2 * a.kv_heads) * a.dim;
+    const float *cosine = a.cosine + token * half, *sine = a.sine + token * half;
     const bool stored = row >= 0 && row < a.pool;
-    for (std::int64_t h = 0; h < a.heads + a.kv_heads; ++h) {
+    thread_local std::vector<float> buffer;
+    buffer.resize(static_cast<std::size_t>(padded(a.dim)));
+    float* y = buffer.data();
+    for (std::int64_t h = first; h < last; ++h) {
         const bool query = h < a.heads;
-        if (!query && !stored) break;
-        norm_row<F>(a.qkv, from + h * a.dim, query ? a.q_norm : a.k_norm, a.dim, a.eps, y);
+        if (!query && !stored) return;
+        norm_row<F>(a.in, a.qkv, from + h * a.dim, query ? a.q_norm : a.k_norm, a.dim, a.eps, y);
         for (std::int64_t i = 0; i < half; ++i) {
-            const float first = y[i], second = y[half + i];
-            y[i] = first * cosine[i] - second * sine[i];
-            y[half + i] = second * cosine[i] + first * sine[i];
+            const float even = y[i], odd = y[half + i];
+            y[i] = even * cosine[i] - odd * sine[i];
+            y[half + i] = odd * cosine[i] + even * sine[i];
         }
-        void* out = query ? a.q : a.k;
         const std::int64_t at = (query ? token * a.heads + h : row * a.kv_heads + h - a.heads) * a.dim;
-        for (std::int64_t i = 0; i < a.dim; i += V) store_some<F>(out, at + i, load<vf>(y + i), a.dim - i);
+        for (std::int64_t i = 0; i < a.dim; i += V)
+            store_typed(query ? a.in : a.pages, query ? a.q : a.k, at + i, rounded<F>(load<vf>(y + i)), a.dim - i);
+        for (std::int64_t i = 0; i < a.dim && !query; i += V) {
+            const vf value = load_typed(a.in, a.qkv, from + (h + a.kv_heads) * a.dim + i, a.dim - i);
+            store_typed(a.pages, a.v, at + i, rounded<F>(value), a.dim - i);
+        }
     }
-    if (!stored) return;
-    using T = typename Stored<F>::type;
-    const std::int64_t values = a.kv_heads * a.dim;
-    std::copy_n(static_cast<const T*>(a.qkv) + from + (a.heads + a.kv_heads) * a.dim, values,
-                static_cast<T*>(a.v) + row * values);
 }
 
 // sum [C vectors] += weights[t] * v[t], for tokens `stride` elements apart from element `first` on.
@@ -191,10 +229,30 @@ inline void add_values(const void* v, std::int64_t first, std::int64_t stride, c
     for (int c = 0; c < C; ++c) store(sum + c * V, s[c]);
 }
 
+// The same of 2 C vectors of bf16, which are taken apart into every other number instead of being widened.
+template <int C>
+inline void add_pair_values(const void* v, std::int64_t first, std::int64_t stride, const float* weights,
+                            std::int64_t tokens, float* sum) {
+    vf even[C] = {}, odd[C] = {};
+    for (std::int64_t t = 0; t < tokens; ++t)
+        for (int c = 0; c < C; ++c) {
+            const vu pair = load<vu>(static_cast<const std::uint16_t*>(v) + first + t * stride + 2 * c * V);
+            even[c] += weights[t] * bits<vf>(pair << 16);
+            odd[c] += weights[t] * bits<vf>(pair & 0xffff0000u);
+        }
+    for (int c = 0; c < C; ++c)
+        for (int i = 0; i < V; ++i) {
+            sum[2 * (c * V + i)] += even[c][i];
+            sum[2 * (c * V + i) + 1] += odd[c][i];
+        }
+}
+
 template <Float F>
 inline void add_head(const void* v, std::int64_t first, std::int64_t stride, const float* weights, std::int64_t tokens,
                      std::int64_t dim, float* sum) {
     std::int64_t i = 0;
+    if constexpr (F == Float::bf16)
+        for (; i + 4 * V <= dim; i += 4 * V) add_pair_values<2>(v, first + i, stride, weights, tokens, sum + i);
     for (; i + 4 * V <= dim; i += 4 * V) add_values<F, 4>(v, first + i, stride, weights, tokens, sum + i);
     for (; i + V <= dim; i += V) add_values<F, 1>(v, first + i, stride, weights, tokens, sum + i);
     if (i == dim) return;
@@ -248,14 +306,14 @@ void part_of(const AttendArgs& a, const Parts& p, std::int64_t query, std::int64
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     for (std::int64_t h = 0; h < a.heads; ++h)
         for (std::int64_t i = 0; i < a.dim; i += V)
-            store(q + h * wide + i, load_some<F>(a.q, (query * a.heads + h) * a.dim + i, a.dim - i) * scale);
+            store(q + h * wide + i, rounded<F>(load_typed(a.in, a.q, (query * a.heads + h) * a.dim + i, a.dim - i)));
     for (std::int64_t t = 0; t < count;) {
         const Run run = run_of(a, session, from, t, count);
         for (std::int64_t u = 0; u < run.count; u += V)
             for (std::int64_t h = 0; h < a.heads; ++h) {
                 const std::int64_t first = (run.row + u) * stride + h / group * a.dim;
                 const vf s = dots<F>(a.k, first, stride, run.count - u, a.dim, q + h * wide);
-                store(scores + h * room + t + u, s);
+                store(scores + h * room + t + u, s * scale);
             }
         t += run.count;
     }
@@ -273,7 +331,6 @@ void part_of(const AttendArgs& a, const Parts& p, std::int64_t query, std::int64
     }
 }
 
-template <Float F>
 void join_parts(const AttendArgs& a, const Parts& p, std::int64_t query) {
     for (std::int64_t h = 0; h < a.heads; ++h) {
         float* parts = p.sums + (query * p.splits * a.heads + h) * p.width;
@@ -289,8 +346,34 @@ void join_parts(const AttendArgs& a, const Parts& p, std::int64_t query) {
             for (std::int64_t s = 0; s < p.splits; ++s)
                 if (used(s)) sum += p.scale(part(s)) * load<vf>(part(s) + i);
             if (total != 0.0f) sum /= total;
-            store_some<F>(a.out, (query * a.heads + h) * a.dim + i, sum, a.dim - i);
+            store_typed(a.in, a.out, (query * a.heads + h) * a.dim + i, sum, a.dim - i);
         }
+    }
+}
+
+template <Float F>
+void embed(const void* embedding, std::int64_t code, const void* place, std::int64_t slot, std::int64_t n, float* x) {
+    for (std::int64_t i = 0; i < n; i += V) {
+        vf y = load_some<F>(embedding, code * n + i, n - i);
+        if (place) y = rounded<F>(y + load_some<F>(place, slot * n + i, n - i));
+        store_some<Float::f32>(x, i, y, n - i);
+    }
+}
+
+template <Float F>
+void norm_typed(const void* x, std::int64_t row, const void* weight, std::int64_t width, float eps, void* out) {
+    thread_local std::vector<float> buffer;
+    buffer.resize(static_cast<std::size_t>(padded(width)));
+    norm_row<F>(F, x, row * width, weight, width, eps, buffer.data());
+    for (std::int64_t i = 0; i < width; i += V) store_some<F>(out, row * width + i, load<vf>(&buffer[i]), width - i);
+}
+
+template <Float F>
+void swiglu_typed(const void* x, std::int64_t row, std::int64_t inner, void* out) {
+    for (std::int64_t i = 0; i < inner; i += V) {
+        const vf gate = load_some<F>(x, 2 * row * inner + i, inner - i);
+        const vf up = load_some<F>(x, (2 * row + 1) * inner + i, inner - i);
+        store_some<F>(out, row * inner + i, rounded<F>(silu(gate)) * up, inner - i);
     }
 }
 
@@ -298,7 +381,7 @@ void join_parts(const AttendArgs& a, const Parts& p, std::int64_t query) {
 
 const DecodeKernels& decode_kernels(Float type) {
 #define FLEXLAM_KERNELS(F) \
-    { rows_of<F>, outs_of<F>, write_token<F>, part_of<F>, join_parts<F> }
+    { rows_of<F>, outs_of<F>, write_token<F>, part_of<F>, join_parts, embed<F>, norm_typed<F>, swiglu_typed<F> }
     static const DecodeKernels f32 = FLEXLAM_KERNELS(Float::f32), f16 = FLEXLAM_KERNELS(Float::f16),
                                bf16 = FLEXLAM_KERNELS(Float::bf16);
 #undef FLEXLAM_KERNELS

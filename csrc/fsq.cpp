@@ -34,6 +34,7 @@ struct Kernels {
 Kernels kernels_of(const std::string& name) {
     switch (find_variant(name)) {
 #ifdef FLEXLAM_X86_VARIANTS
+        case Variant::avx512_bf16:
         case Variant::avx512: return {avx512::forward, avx512::backward};
         case Variant::avx2: return {avx2::forward, avx2::backward};
 #endif

@@ -1,6 +1,8 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <exception>
@@ -9,18 +11,48 @@
 namespace flexlam {
 namespace {
 
-// The entry point of GNU's OpenMP runtime; LLVM's and Intel's export it too.
+// The entry points of GNU's OpenMP runtime; LLVM's and Intel's export them too.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using OmpNumber = int (*)();
 
-GompParallel runtime() {
+template <class Entry>
+Entry find(std::atomic<Entry>& found, const char* name) {
     // looked up by name: linking to one would bring a second runtime with threads of its own into the process
-    static std::atomic<GompParallel> found{nullptr};
-    GompParallel entry = found.load();
+    Entry entry = found.load();
     if (!entry) {  // it may be loaded later than this extension
-        entry = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        entry = reinterpret_cast<Entry>(dlsym(RTLD_DEFAULT, name));
         found.store(entry);
     }
     return entry;
+}
+
+std::atomic<GompParallel> gomp_parallel{nullptr};
+std::atomic<OmpNumber> omp_rank{nullptr}, omp_count{nullptr};
+std::atomic<bool> forked{false};
+
+// A child has none of its parent's threads, and the runtime would wait for them for ever.
+const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+GompParallel runtime() {
+    if (watch_forks != 0 || forked.load()) return nullptr;
+    const bool counts = find(omp_rank, "omp_get_thread_num") && find(omp_count, "omp_get_num_threads");
+    return counts ? find(gomp_parallel, "GOMP_parallel") : nullptr;
+}
+
+struct Region {
+    void (*body)(void*, int, int);
+    void* state;
+};
+
+void enter(void* data) {
+    const Region& region = *static_cast<Region*>(data);
+    region.body(region.state, omp_rank.load()(), omp_count.load()());
+}
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
 }
 
 struct Job {
@@ -44,6 +76,31 @@ void work(void* data) {
 }  // namespace
 
 bool has_threads() { return runtime() != nullptr; }
+
+void parallel_region(int threads, void (*body)(void*, int, int), void* state) {
+    const GompParallel entry = threads > 1 ? runtime() : nullptr;
+    if (!entry) return body(state, 0, 1);
+    Region region{body, state};
+    entry(enter, &region, static_cast<unsigned>(threads), 0);
+}
+
+void Barrier::wait(int count) {
+    if (count == 1) return;
+    const unsigned epoch = epoch_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+        arrived_.store(0, std::memory_order_relaxed);
+        epoch_.store(epoch + 1, std::memory_order_release);
+        return;
+    }
+    constexpr int patience = 4000;  // pauses: some 100 us
+    for (int spins = 0; epoch_.load(std::memory_order_acquire) == epoch; ++spins) {
+        if (spins < patience) {
+            relax();
+        } else {
+            sched_yield();
+        }
+    }
+}
 
 void parallel_for(std::int64_t chunks, int threads, const std::function<void(std::int64_t)>& body) {
     if (chunks < threads) threads = static_cast<int>(chunks);

@@ -17,8 +17,9 @@ struct Known {
 std::vector<Known> all() {
     std::vector<Known> out;
 #ifdef FLEXLAM_X86_VARIANTS
+    out.push_back({"avx512_bf16", Variant::avx512_bf16, {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}});
     out.push_back({"avx512", Variant::avx512, {"avx512f", "avx512bw", "avx512vl"}});
-    out.push_back({"avx2", Variant::avx2, {"avx2", "fma"}});
+    out.push_back({"avx2", Variant::avx2, {"avx2", "fma", "f16c"}});
 #endif
     out.push_back({"portable", Variant::portable, {}});
     return out;

@@ -6,7 +6,7 @@
 
 namespace flexlam {
 
-enum class Variant : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Variant : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // Those compiled in that this processor has, widest first; "portable" is always there.
 const std::vector<std::string>& variant_names();

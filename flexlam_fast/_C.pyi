@@ -73,6 +73,56 @@ def page_attend(
     variant: str = "",
 ) -> None: ...
 def cuda_partials() -> int: ...
+def takes_tiles(dim: int, page: int, type: int) -> bool: ...
+def norm_rows(
+    x: int, weight: int, out: int, rows: int, width: int, type: int, eps: float, threads: int, variant: str = ""
+) -> None: ...
+def swiglu_rows(x: int, out: int, rows: int, inner: int, type: int, threads: int, variant: str = "") -> None: ...
+
+class SequenceEngine:
+    def __init__(
+        self,
+        layers: Sequence[Sequence[int]],
+        embedding: int,
+        place: int,
+        norm: int,
+        head: int,
+        hidden: int,
+        inner: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        codes: int,
+        slots: int,
+        theta: float,
+        eps: float,
+        type: int,
+    ) -> None: ...
+    def generate(
+        self,
+        k: int,
+        v: int,
+        table: int,
+        context: int,
+        starts: int,
+        rows: int,
+        positions: int,
+        first: int,
+        noise: int,
+        given: int,
+        chosen: int,
+        logits: int,
+        batch: int,
+        budget: int,
+        page: int,
+        entries: int,
+        pages: int,
+        top_k: int,
+        inverse: float,
+        type: int,
+        threads: int,
+        variant: str = "",
+    ) -> None: ...
 
 class LevelPattern:
     def __init__(

@@ -22,8 +22,7 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.native import Native
-from flexlam_fast.sequence.packed import Packed
+from flexlam_fast.sequence.native import NativeBlock
 from flexlam_fast.sequence.sampling import Sampling
 from flexlam_fast.translator import PackedTranslator, Translator, TranslatorOutput, no_actions, one_hot_actions
 from flexlam_fast.types import Actions
@@ -77,8 +76,7 @@ def stages_of(
         return Stages(lam, Fused(sequence), translator, PackedTranslator(translator, levels, slots, backend))
     if backend != NATIVE or device.type != "cpu":  # on a GPU, C++ has code for the bottleneck only
         return Stages(lam, Eager(sequence), translator)
-    same = pages == sequence.head.weight.dtype
-    return Stages(lam, Native(sequence) if same else Packed(sequence), translator)
+    return Stages(lam, NativeBlock(sequence), translator)
 
 
 class DecisionLoop:

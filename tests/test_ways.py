@@ -18,7 +18,7 @@ from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.native import Native
+from flexlam_fast.sequence.native import Native, NativeBlock
 from flexlam_fast.sequence.packed import Packed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -37,7 +37,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexlam_fast.kernels.linear.PROCESSORS", 2)
 
 
-WAYS = [Packed, pytest.param(Native, marks=needs_extension)]
+WAYS = [Packed, *(pytest.param(way, marks=needs_extension) for way in (Native, NativeBlock))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flexlam_fast.ops.native import TYPES
 
+MANY = 16  # queries of a session from which tiles of so many pay
+
 
 def fused_linear(
     extension: ModuleType,
@@ -69,8 +71,14 @@ def page_attend(
         pages, page, kv_heads, dim = k_pages.shape
         addresses = [t.data_ptr() for t in (q, k_pages, v_pages, table, context, start, out)]
         sizes = *q.shape[:3], kv_heads, dim, page, table.shape[1], pages
-        extension.page_attend(*addresses, *sizes, TYPES[q.dtype], torch.get_num_threads())
+        how = ("tiles",) if q.shape[1] >= MANY and takes_tiles(extension, k_pages) else ()
+        extension.page_attend(*addresses, *sizes, TYPES[q.dtype], torch.get_num_threads(), *how)
     return out
+
+
+def takes_tiles(extension: ModuleType, pages: Tensor) -> bool:
+    """Whether attention of many tokens over such pages goes by the processor's matrix tiles here."""
+    return bool(extension.takes_tiles(pages.shape[-1], pages.shape[-3], TYPES[pages.dtype]))
 
 
 def page_attend_add(extension: ModuleType, *args: Tensor) -> Tensor:
@@ -78,6 +86,26 @@ def page_attend_add(extension: ModuleType, *args: Tensor) -> Tensor:
     *seen, weight, residual = args
     attended = page_attend(extension, *seen)
     return fused_linear(extension, attended.flatten(2), None, weight, residual, 0.0, False, False)
+
+
+def norm_rows(extension: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of rows ``[..., W]``, as the model's module has it."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    sizes = x.numel() // width, width, TYPES[x.dtype]
+    extension.norm_rows(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *sizes, eps, torch.get_num_threads())
+    return out
+
+
+def swiglu_rows(extension: ModuleType, x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of rows ``[..., 2 I]`` that hold both, one behind the other."""
+    x = x.contiguous()
+    inner = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], inner))
+    sizes = x.numel() // (2 * inner), inner, TYPES[x.dtype]
+    extension.swiglu_rows(x.data_ptr(), out.data_ptr(), *sizes, torch.get_num_threads())
+    return out
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class Runner(Protocol):
 
     def feed(self, logits: Tensor, slot: int, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
         """The code of ``slot`` int32 ``[B]``, and its embedding ``[B, 1, hidden]``."""
+        ...
+
+
+@runtime_checkable
+class BlockRunner(Protocol):
+    """A way that generates a whole block of codes in one call: ``NativeBlock``."""
+
+    def block(self, cache: PagedCache, place: Placement, first: Tensor, k: int, sampling: Sampling | None) -> Tensor:
+        """Codes int32 ``[B, k]`` at ``place``, from the logits ``[B, C]`` of the first."""
         ...
 
 
@@ -77,6 +86,8 @@ def generate(runner: Runner, cache: PagedCache, appended: Appended, k: int, samp
         BudgetError: ``k`` outside ``1..K``.
     """
     check_budget("k", k, 1, cache.slots)
+    if isinstance(runner, BlockRunner):
+        return runner.block(cache, cache.place_codes(appended.place), appended.logits, k, sampling)
     chosen, logits, sampling = [], appended.logits, runner.ready(sampling, k)
     steps: Any = runner.prepare(cache, cache.place_codes(appended.place)) if k > 1 else None
     for slot in range(k - 1):

@@ -1,21 +1,27 @@
-"""The way through the sequence model by C++ on a CPU: what is observed by torch's products, each code by our own ops.
+"""The way through the sequence model by C++ on a CPU: torch's products for what is observed, then a block in one call.
 
 The append is 128 tokens at once, which torch's matrix products do well. A code is one token a session: reading weights,
-keys and values once is all there is to do, and calls that do it in few passes are what counts.
+keys and values once is all there is to do, and going back to Python in between would cost as much again.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flexlam_fast.backend import NATIVE
+from flexlam_fast.ops import native_decode
+from flexlam_fast.ops.block import BlockEngine, Draw, LayerTensors, ModelTensors, Spot
+from flexlam_fast.ops.contracts import compiled
+from flexlam_fast.ops.sampling import reciprocal
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.fused import Fused, FusedStep
+from flexlam_fast.sequence.layers import Layer
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.packed import Packed
-from flexlam_fast.sequence.sampling import PlainChoice
+from flexlam_fast.sequence.packed import Packed, PackedStep
+from flexlam_fast.sequence.sampling import PlainChoice, Sampling
 
 
 class NativeStep(NamedTuple):
@@ -46,3 +52,76 @@ class Native(PlainChoice):
         if isinstance(step, FusedStep):
             return self.one.logits(x, step)
         return self.together.logits(x, self.together.prepare(step.cache, step.place))
+
+
+class NativeBlock(Packed):
+    """``Packed`` for what is observed, and one call for a block of codes; pages may have any of the three dtypes."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__(model)
+        self._engine: BlockEngine | None = None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm of rows ``[..., W]``."""
+        return native_decode.norm_rows(compiled(NATIVE), x, weight, eps)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """Rows ``[..., 2 I]`` of gates and what they gate, one behind the other, to ``[..., I]``."""
+        return native_decode.swiglu_rows(compiled(NATIVE), x)
+
+    def _attend(self, qkv: Tensor, layer: Layer, index: int, step: PackedStep) -> Tensor:
+        cache, place, block = step.cache, step.place, layer.block
+        k, v = cache.k[index], cache.v[index]
+        if qkv.dtype != k.dtype or not native_decode.takes_tiles(compiled(NATIVE), k):
+            return super()._attend(qkv, layer, index, step)
+        norms = block.q_norm.weight, block.k_norm.weight
+        seq = self.model.cfg.sequence
+        args = qkv, *norms, place.positions, step.rows, k, v, seq.rope_theta, seq.rms_eps
+        q = native_decode.page_write(compiled(NATIVE), *args)
+        seen = place.table, place.context, place.start
+        return native_decode.page_attend(compiled(NATIVE), q, k, v, *seen).flatten(2)
+
+    def block(
+        self,
+        cache: PagedCache,
+        place: Placement,
+        first: Tensor,
+        k: int,
+        sampling: Sampling | None,
+        *,
+        given: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> Tensor:
+        """Codes int32 ``[B, k]`` at ``place``, from the logits ``[B, C]`` of the first.
+
+        ``given`` and ``logits`` are those of :meth:`BlockEngine.generate`.
+        """
+        draw = None
+        if sampling is not None:
+            noise = sampling.prepared(k, first.shape[1]).noise
+            assert noise is not None
+            draw = Draw(reciprocal(sampling.temperature), sampling.top_k or 0, noise)
+        spot = Spot(place.table, place.context, cache.rows(place), place.positions)
+        return self.engine().generate(cache.k, cache.v, spot, first.float(), k, draw, given=given, logits=logits)
+
+    def engine(self) -> BlockEngine:
+        """The engine of the weights as they stand."""
+        weights, seq = _weights(self.model, self.layers), self.model.cfg.sequence
+        old = self._engine
+        if old is None or any(
+            a.data_ptr() != b.data_ptr() for a, b in zip(weights.all(), old.weights.all(), strict=True)
+        ):
+            self._engine = BlockEngine(weights, seq.rope_theta, seq.rms_eps)
+        assert self._engine is not None
+        return self._engine
+
+
+@torch.no_grad()
+def _weights(model: SequenceModel, layers: list[Layer]) -> ModelTensors:
+    """The tensors of ``model``, whose layers have been packed."""
+    packed = []
+    for block, qkv, gate_up in layers:
+        norms = block.norm1.weight, qkv, block.q_norm.weight, block.k_norm.weight
+        packed.append(LayerTensors(*norms, block.out.weight, block.norm2.weight, gate_up, block.down.weight))
+    place = model.slot_place if model.cfg.sequence.places else None
+    return ModelTensors(tuple(packed), model.codes.weight, place, model.norm.weight, model.head.weight)

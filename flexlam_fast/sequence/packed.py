@@ -20,11 +20,14 @@ from flexlam_fast.sequence.sampling import PlainChoice
 
 
 class PackedStep(NamedTuple):
-    """What all layers share for new tokens: cos and sin ``[B, N, 1, D]`` (sin with the sign of the rotation), pool rows
-    ``[B, N]``, the host's session ids, a bias ``[B, N or 1, S]`` of zeros and -inf (None: plain causal), and how many
-    slots count."""
+    """What all layers share for new tokens at ``place``.
+
+    cos and sin ``[B, N, 1, D]`` (sin with the sign of the rotation), pool rows ``[B, N]``, the host's session ids, a
+    bias ``[B, N or 1, S]`` of zeros and -inf (None: plain causal), and how many slots count.
+    """
 
     cache: PagedCache
+    place: Placement
     cos: Tensor
     sin: Tensor
     rows: Tensor
@@ -35,9 +38,8 @@ class PackedStep(NamedTuple):
     def column(self, j: int) -> PackedStep:
         """Token ``j`` of generated codes alone: it sees the scratch up to itself."""
         at, slots = slice(j, j + 1), self.cache.scratch_base + j + 1
-        return PackedStep(
-            self.cache, self.cos[:, at], self.sin[:, at], self.rows[:, at], self.sessions, self.bias, slots
-        )
+        angles = self.cos[:, at], self.sin[:, at]
+        return PackedStep(self.cache, self.place, *angles, self.rows[:, at], self.sessions, self.bias, slots)
 
 
 class Packed(PlainChoice):
@@ -57,7 +59,8 @@ class Packed(PlainChoice):
         sign = torch.ones_like(r.sin[0, 0, 0])
         sign[: seq.head_dim // 2] = -1
         angles = r.cos.transpose(1, 2), (r.sin * sign).transpose(1, 2)
-        return PackedStep(cache, *angles, cache.rows(place), place.sessions.tolist(), *self.window(cache, place))
+        sessions = place.sessions.tolist()
+        return PackedStep(cache, place, *angles, cache.rows(place), sessions, *self.window(cache, place))
 
     def window(self, cache: PagedCache, place: Placement) -> tuple[Tensor | None, int]:
         """What the tokens of ``place`` see: the bias, and how many slots of the reservation count."""
@@ -78,14 +81,22 @@ class Packed(PlainChoice):
 
     def _layer(self, x: Tensor, index: int, step: PackedStep, eps: float) -> Tensor:
         layer = self.layers[index]
-        y = F.rms_norm(x, x.shape[-1:], layer.block.norm1.weight, eps)
+        y = self.norm(x, layer.block.norm1.weight, eps)
         attended = self._attend(F.linear(y, layer.qkv), layer, index, step)
         if index == len(self.layers) - 1:  # of the last layer only the last token is asked for
             x, attended = x[:, -1:], attended[:, -1:]
         x = _add_linear(x, attended, layer.block.out.weight)
-        y = F.rms_norm(x, x.shape[-1:], layer.block.norm2.weight, eps)
-        gate, up = F.linear(y, layer.gate_up).chunk(2, dim=-1)
-        return _add_linear(x, F.silu(gate).mul_(up), layer.block.down.weight)
+        y = self.norm(x, layer.block.norm2.weight, eps)
+        return _add_linear(x, self.swiglu(F.linear(y, layer.gate_up)), layer.block.down.weight)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm of rows ``[..., W]``."""
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """Rows ``[..., 2 I]`` of gates and what they gate, one behind the other, to ``[..., I]``."""
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     def _attend(self, qkv: Tensor, layer: Layer, index: int, step: PackedStep) -> Tensor:
         """Attention output ``[B, N, H * D]`` of one layer, after writing its keys and values."""
