@@ -156,6 +156,27 @@ std::unique_ptr<flexlam::SequenceEngine> sequence_engine(
     return std::make_unique<flexlam::SequenceEngine>(shape, std::move(weights));
 }
 
+flexlam::AppendArgs append_args(Address x, Address k, Address v, Address table, Address context, Address start,
+                                Address rows, Address positions, Address logits, std::int64_t batch, std::int64_t tokens,
+                                std::int64_t page, std::int64_t entries, std::int64_t pages, int type) {
+    return {at<const void>(x), at<void>(k), at<void>(v), at<const std::int32_t>(table), at<const std::int32_t>(context),
+            at<const std::int32_t>(start), at<const std::int64_t>(rows), at<const std::int64_t>(positions),
+            at<float>(logits), batch, tokens, page, entries, pages, static_cast<flexlam::Float>(type)};
+}
+
+bool takes(const flexlam::SequenceEngine& engine, std::int64_t tokens, std::int64_t page, int type) {
+    return engine.takes(append_args(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, tokens, page, 1, 1, type));
+}
+
+void append(flexlam::SequenceEngine& engine, Address x, Address k, Address v, Address table, Address context,
+            Address start, Address rows, Address positions, Address logits, std::int64_t batch, std::int64_t tokens,
+            std::int64_t page, std::int64_t entries, std::int64_t pages, int type, int threads) {
+    const auto args = append_args(x, k, v, table, context, start, rows, positions, logits, batch, tokens, page, entries,
+                                  pages, type);
+    if (!engine.takes(args)) throw std::invalid_argument("append: expected AMX, bf16 and sizes of whole 32s");
+    engine.append(args, threads);
+}
+
 void generate(flexlam::SequenceEngine& engine, Address k, Address v, Address table, Address context, Address starts,
               Address rows, Address positions, Address first, Address noise, Address given, Address chosen, Address logits,
               std::int64_t batch, std::int64_t budget, std::int64_t page, std::int64_t entries, std::int64_t pages,
@@ -230,6 +251,12 @@ PYBIND11_MODULE(_C, m) {
              py::arg("head"), py::arg("hidden"), py::arg("inner"), py::arg("heads"), py::arg("kv_heads"), py::arg("dim"),
              py::arg("codes"), py::arg("slots"), py::arg("theta"), py::arg("eps"), py::arg("type"),
              "Addresses of csrc/engine.h's LayerWeights and ModelWeights, which must outlive this; ModelShape.")
+        .def("takes", &takes, py::arg("tokens"), py::arg("page"), py::arg("type"),
+             "Whether append() takes so many tokens over such pages here.")
+        .def("append", &append, free_gil, py::arg("x"), py::arg("k"), py::arg("v"), py::arg("table"), py::arg("context"),
+             py::arg("start"), py::arg("rows"), py::arg("positions"), py::arg("logits"), py::arg("batch"),
+             py::arg("tokens"), py::arg("page"), py::arg("entries"), py::arg("pages"), py::arg("type"),
+             py::arg("threads"), "Observed tokens through all layers: AppendArgs.")
         .def("generate", &generate, free_gil, py::arg("k"), py::arg("v"), py::arg("table"), py::arg("context"),
              py::arg("starts"), py::arg("rows"), py::arg("positions"), py::arg("first"), py::arg("noise"), py::arg("given"),
              py::arg("chosen"), py::arg("logits"), py::arg("batch"), py::arg("budget"), py::arg("page"),

@@ -91,13 +91,19 @@ inline float sum_of(vf x) {
     return x[0];
 }
 
-// Adds the products of V rows of `w` from element `i` of each on: x [inner] has been gone through up to there.
+// Adds the products of V rows of `w` from element `i` of each on: x [inner] has been gone through up to there. What
+// stands `ahead` elements further is asked for, because processors do not foresee the order: a block of 64 codes of the
+// dmlab sizes took 114 ms with that, 130 without, and 115 with one row after the other.
 template <Float F>
-inline void add_products(const void* w, const std::int64_t* at, std::int64_t i, std::int64_t inner, const float* x,
-                         vf* sum) {
+inline void add_products(const void* w, const std::int64_t* at, std::int64_t i, std::int64_t inner, std::int64_t ahead,
+                         const float* x, vf* sum) {
     for (; i + V <= inner; i += V) {
         const vf part = load<vf>(x + i);
-        for (int r = 0; r < V; ++r) sum[r] += load_as<F>(w, at[r] + i) * part;
+        for (int r = 0; r < V; ++r) {
+            if (i * sizeof(typename Stored<F>::type) % 64 == 0)
+                __builtin_prefetch(static_cast<const typename Stored<F>::type*>(w) + at[r] + i + ahead);
+            sum[r] += load_as<F>(w, at[r] + i) * part;
+        }
     }
     if (i == inner) return;
     const vf part = load<vf>(x + i);
@@ -106,21 +112,25 @@ inline void add_products(const void* w, const std::int64_t* at, std::int64_t i, 
 
 // Goes through as much of x as two numbers at a time can be multiplied; returns how much.
 template <Float F>
-inline std::int64_t add_pair_products(const void* w, const std::int64_t* at, std::int64_t inner, const float* x, vf* sum) {
+inline std::int64_t add_pair_products(const void* w, const std::int64_t* at, std::int64_t inner, std::int64_t ahead,
+                                      const float* x, vf* sum) {
 #ifdef __AVX512BF16__
     if constexpr (F == Float::bf16) {
         std::int64_t i = 0;
         for (; i + 2 * V <= inner; i += 2 * V) {
             const __m512bh part = _mm512_cvtne2ps_pbh((__m512)load<vf>(x + i + V), (__m512)load<vf>(x + i));
             for (int r = 0; r < V; ++r) {
-                const __m512bh row = (__m512bh)_mm512_loadu_si512(static_cast<const std::uint16_t*>(w) + at[r] + i);
+                const std::uint16_t* from = static_cast<const std::uint16_t*>(w) + at[r] + i;
+                __builtin_prefetch(from + ahead);
+                const __m512bh row = (__m512bh)_mm512_loadu_si512(from);
                 sum[r] = (vf)_mm512_dpbf16_ps((__m512)sum[r], row, part);
             }
         }
         return i;
     }
 #endif
-    static_cast<void>(w), static_cast<void>(at), static_cast<void>(inner), static_cast<void>(x), static_cast<void>(sum);
+    static_cast<void>(w), static_cast<void>(at), static_cast<void>(inner), static_cast<void>(ahead);
+    static_cast<void>(x), static_cast<void>(sum);
     return 0;
 }
 
@@ -132,7 +142,8 @@ inline vf dots(const void* w, std::int64_t first, std::int64_t stride, std::int6
     vf sum[V] = {};
     std::int64_t at[V];
     for (int r = 0; r < V; ++r) at[r] = first + stride * std::min<std::int64_t>(r, rows - 1);
-    add_products<F>(w, at, add_pair_products<F>(w, at, inner, x, sum), inner, x, sum);
+    const std::int64_t done = add_pair_products<F>(w, at, inner, V * stride, x, sum);
+    add_products<F>(w, at, done, inner, V * stride, x, sum);
     for (int left = V; left > 1; left /= 2)
         for (int r = 0; r < left / 2; ++r) sum[r] = add_pairs(sum[2 * r], sum[2 * r + 1]);
     return sum[0];

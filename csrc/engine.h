@@ -58,6 +58,21 @@ struct BlockArgs {
     Float type;
 };
 
+// Tokens that enter together, of each session as many.
+struct AppendArgs {
+    const void* x;                  // [batch, tokens, hidden] of the model's type
+    void* k;                        // as in BlockArgs
+    void* v;
+    const std::int32_t* table;      // [batch, entries]
+    const std::int32_t* context;    // [batch]
+    const std::int32_t* start;      // [batch]: number of the first token among its session's own
+    const std::int64_t* rows;       // [batch, tokens]
+    const std::int64_t* positions;  // [batch, tokens]
+    float* logits;                  // [batch, codes]: of each session's last token
+    std::int64_t batch, tokens, page, entries, pages;
+    Float type;
+};
+
 // The choice from one row of logits, as flexlam_fast/ops/sampling.py has it; `noise` nullptr is greedy, and `scratch` [codes].
 std::int32_t choose_code(const float* logits, const float* noise, std::int64_t codes, float inverse, std::int64_t top_k,
                          float* scratch);
@@ -67,10 +82,18 @@ public:
     SequenceEngine(ModelShape shape, ModelWeights weights)
         : shape_(shape), weights_(std::move(weights)), frequency_(frequencies(shape.theta, shape.dim)) {}
 
+    // Whether append() takes tokens of this model and such pages: bf16 on a processor with matrix tiles, sizes of whole 32s.
+    bool takes(const AppendArgs& args) const;
+
+    // Passes observed tokens through all layers: keys and values into pages, and the logits of the last token.
+    void append(const AppendArgs& args, int threads);
+
     // Generates `budget` codes of every session. Calls of one engine from several threads wait for each other.
     void generate(const BlockArgs& block, int threads, const std::string& variant);
 
 private:
+    float* room(std::int64_t floats);  // on a border of 64 bytes
+
     const ModelShape shape_;
     const ModelWeights weights_;
     const std::vector<double> frequency_;

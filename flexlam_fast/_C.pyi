@@ -98,6 +98,26 @@ class SequenceEngine:
         eps: float,
         type: int,
     ) -> None: ...
+    def takes(self, tokens: int, page: int, type: int) -> bool: ...
+    def append(
+        self,
+        x: int,
+        k: int,
+        v: int,
+        table: int,
+        context: int,
+        start: int,
+        rows: int,
+        positions: int,
+        logits: int,
+        batch: int,
+        tokens: int,
+        page: int,
+        entries: int,
+        pages: int,
+        type: int,
+        threads: int,
+    ) -> None: ...
     def generate(
         self,
         k: int,

@@ -34,6 +34,7 @@ _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 _QUIET = "transformers.utils.output_capturing"  # its hooks do nothing unless hidden states are asked for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PACKED = "packed products in plain PyTorch over pages of 64 tokens"
+_NATIVE = "a prompt by packed products and every later token by C++, over pages of 64 tokens"
 _FUSED = "fused kernels over pages of 64 tokens"
 
 
@@ -61,7 +62,8 @@ def swap(
         fused = plain.takes_kernels(mirror.model.cfg.sequence, asked, weight.device, weight.dtype)
         name = TRITON if fused else REFERENCE if choice.name == TRITON else choice.name
         start = f"the fastest on {weight.device}" if asked == AUTO else "asked for by name"
-        choice = BackendChoice(name, f"{start}: {_FUSED if fused else _PACKED}")
+        plainly = _NATIVE if plain.takes_native(weight.device, weight.dtype) else _PACKED
+        choice = BackendChoice(name, f"{start}: {_FUSED if fused else plainly}")
     return choice, Change(qwen, "__class__", kind, _accelerated(Plan(kind, asked, choice.name)))
 
 

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from flexlam_fast.backend import probe
+from flexlam_fast.sequence.plain import PlainNative, PlainPacked
 
+#: Whether C++ runs here.
 BUILT = any(status.name == "native" and status.available for status in probe("cpu"))
 needs_extension = pytest.mark.skipif(not BUILT, reason="the extension is not built")
+
+
+#: The way through plain sequences that ``auto`` takes on a CPU.
+PLAIN = PlainNative if BUILT else PlainPacked
 
 
 def variants() -> list[str]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from native_cases import PLAIN
 from qwen_cases import GREEDY, KINDS, note_ways, prompt_of, qwen
 from torch import Tensor
 from transformers import GenerationConfig
 
 from flexlam_fast.accelerate import accelerate
 from flexlam_fast.sequence import plain
-from flexlam_fast.sequence.plain import PlainPacked
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_tokens_are_those_of_the_original(kind: str, backend: str, ours: list[st
         assert torch.equal(got, expected)
         assert_clear(theirs, expected, tokens)
         assert all(len(row[tokens:].unique()) > 12 for row in expected), "not one token repeated"
-    assert ours == [{"auto": "PlainPacked", "reference": "Eager"}[backend]] * 5
+    assert ours == [{"auto": PLAIN.__name__, "reference": "Eager"}[backend]] * 5
 
 
 def test_fused_kernels_in_the_interpreter_give_the_same_tokens(ours: list[str]) -> None:
@@ -96,14 +96,14 @@ def test_it_stops_when_the_last_row_has_ended(ours: list[str]) -> None:
     ends = [int(free[b, 4 * b + 1]) for b in range(3)]
     hf, asked = copy.deepcopy(theirs), []
     accelerate(hf)
-    real = PlainPacked.logits
+    real = PLAIN.logits
 
     def counting(self: Any, x: Tensor, step: Any) -> Tensor:
         asked.append(x.shape[1])
         return real(self, x, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PlainPacked, "logits", counting)
+        patch.setattr(PLAIN, "logits", counting)
         got = hf.generate(prompt, max_new_tokens=40, eos_token_id=ends)
     expected = theirs.generate(prompt, max_new_tokens=40, eos_token_id=ends)
     assert torch.equal(got, expected)

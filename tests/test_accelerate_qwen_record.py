@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_cases import BUILT, PLAIN
 from qwen_cases import GREEDY, prompt_of, qwen
 from torch import nn
 from transformers import Qwen3ForCausalLM
@@ -16,7 +17,6 @@ from flexlam_fast.accelerate_qwen import mirror_of
 from flexlam_fast.errors import BackendError
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
-from flexlam_fast.sequence.plain import PlainPacked
 
 
 def test_the_record_says_what_happened_and_undo_takes_it_back() -> None:
@@ -50,8 +50,9 @@ def test_every_backend_says_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         (part,) = accelerate(hf, backend).swapped
         reasons[backend] = part.reason
         runner = mirror_of(hf).way(backend)
-        assert type(runner) is {"auto": PlainPacked, "reference": Eager, "triton": Fused}[backend]
-    assert reasons["auto"] == "the fastest on cpu: packed products in plain PyTorch over pages of 64 tokens"
+        assert type(runner) is {"auto": PLAIN, "reference": Eager, "triton": Fused}[backend]
+    what = "a prompt by packed products and every later token by C++," if BUILT else "packed products in plain PyTorch"
+    assert reasons["auto"] == f"the fastest on cpu: {what} over pages of 64 tokens"
     assert reasons["triton"] == "asked for by name: fused kernels over pages of 64 tokens"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_cases import PLAIN
 from qwen_cases import GREEDY, QWEN, note_ways, prompt_of, qwen
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -115,7 +116,7 @@ def test_half_precision_runs_unless_its_frequencies_were_rounded(ours: list[str]
     theirs = copy.deepcopy(hf)
     accelerate(hf)
     got, expected = (model.generate(prompt_of(3, 20), **GREEDY)[:, 20:] for model in (hf, theirs))
-    assert ours == ["PlainPacked"]
+    assert ours == [PLAIN.__name__]
     assert float((got[:, 0] == expected[:, 0]).float().mean()) > 0.6, "bf16 parts close choices"
 
 

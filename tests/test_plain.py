@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_cases import BUILT, needs_extension
 from torch import Tensor
 
 from flexlam_fast.config import BottleneckConfig, FlexLAMConfig, SequenceConfig
@@ -17,7 +18,7 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.plain import PAGE, GrowingPages, PlainPacked, generate, runner_of
+from flexlam_fast.sequence.plain import PAGE, GrowingPages, PlainNative, PlainPacked, generate, runner_of
 
 SIZES = SequenceConfig(hidden=48, intermediate=64, layers=2, heads=4, kv_heads=2, head_dim=16, places=True)
 WAYS: dict[str, Callable[[SequenceModel], Runner]] = {
@@ -158,6 +159,14 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(generate(runner_of(model), prompt[b : b + 1], 20), together[b : b + 1])
 
 
+@needs_extension
+@pytest.mark.parametrize("batch", [1, 3])
+def test_native_codes_are_those_of_recomputing_everything(batch: int) -> None:
+    """Beyond a page of codes, whose keys later ones read."""
+    model, prompt = model_of(dtype=torch.float32), prompt_of(batch, 70)
+    assert torch.equal(generate(PlainNative(model), prompt, 80), recomputed(model, prompt, 80))
+
+
 def test_fused_kernels_in_the_interpreter_give_the_same_codes() -> None:
     pytest.importorskip("triton")
     seq = dataclasses.replace(SIZES, hidden=32, intermediate=32, layers=1, heads=2, kv_heads=1)
@@ -180,8 +189,11 @@ def test_what_one_way_has_packed_is_taken_by_the_next() -> None:
 def test_the_way_is_chosen_by_name_and_device() -> None:
     pytest.importorskip("triton")
     model = model_of(dtype=torch.float32)
-    assert type(runner_of(model)) is PlainPacked
-    assert type(runner_of(model, "native")) is PlainPacked
+    found = PlainNative if BUILT else PlainPacked
+    assert type(runner_of(model)) is found
+    assert type(runner_of(model, "native")) is found
+    assert type(runner_of(model.double(), "native")) is PlainPacked
+    model.float()
     assert type(runner_of(model, "reference")) is Eager
     odd = model_of(dataclasses.replace(SIZES, head_dim=24), torch.float32)
     with pytest.raises(BackendError, match=r"^backend: expected a head dimension that is a power of two .*, got 24$"):

@@ -60,6 +60,20 @@ class Spot(NamedTuple):
     positions: Tensor
 
 
+class Entry(NamedTuple):
+    """Where ``N`` tokens enter.
+
+    table int32 ``[B, T]``, context and start int32 ``[B]`` are those of ``paged_attention``; rows and positions int64
+    ``[B, N]``.
+    """
+
+    table: Tensor
+    context: Tensor
+    start: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
 class Draw(NamedTuple):
     """How codes are drawn: 1 / temperature, top k (0: all), and noise fp32 ``[B, k, C]``."""
 
@@ -92,13 +106,54 @@ class BlockEngine:
         hidden, dim = first.norm1.shape[0], first.q_norm.shape[0]
         heads = first.out.shape[1] // dim
         kv_heads = (first.qkv.shape[0] // dim - heads) // 2
-        self.codes, self.heads = weights.head.shape[0], (kv_heads, dim)
+        self.hidden, self.codes, self.heads = hidden, weights.head.shape[0], (kv_heads, dim)
         addresses = [[tensor.data_ptr() for tensor in layer] for layer in weights.layers]
         others = (weights.embedding, weights.place, weights.norm, weights.head)
         self._engine = compiled(NATIVE).SequenceEngine(
             addresses, *(0 if t is None else t.data_ptr() for t in others), hidden, first.down.shape[1], heads,
             kv_heads, dim, self.codes, 0 if weights.place is None else len(weights.place), theta, eps, TYPES[kind],
         )  # fmt: skip
+
+    def takes(self, tokens: int, pages: Tensor) -> bool:
+        """Whether :meth:`append` takes so many tokens over such pages: bf16, sizes of whole 32s, and AMX here."""
+        kind = TYPES.get(pages.dtype)
+        return kind is not None and pages.dim() == 5 and bool(self._engine.takes(tokens, pages.shape[2], kind))
+
+    @torch.no_grad()
+    def append(self, k_pages: Tensor, v_pages: Tensor, entry: Entry, x: Tensor) -> Tensor:
+        """Pass tokens that enter together through all layers; fp32 ``[B, C]``, the logits of each session's last one.
+
+        Keys and values are written to their rows, and a row outside the pool stores nothing. Sums depend on the session
+        alone, not on its neighbours, nor on the number of threads.
+
+        Args:
+            k_pages: as in :meth:`generate`.
+            v_pages: likewise.
+            entry: where they enter and what they see.
+            x: ``[B, N, W]`` in the weights' dtype.
+
+        Raises:
+            InputError: wrong shape, dtype or layout, or what :meth:`takes` says no to.
+        """
+        self._check_pages(k_pages, v_pages)
+        check_tensor("x", x, ["B", "N", self.hidden], self.weights.head.dtype)
+        batch, tokens, _ = x.shape
+        if not self.takes(tokens, k_pages):
+            raise InputError(f"x: expected tokens, sizes and a processor for matrix tiles of bf16, got {list(x.shape)}")
+        check_tensor("table", entry.table, [batch, "T"], torch.int32)
+        for name, tensor in (("context", entry.context), ("start", entry.start)):
+            check_tensor(name, tensor, [batch], torch.int32)
+        for name, tensor in (("rows", entry.rows), ("positions", entry.positions)):
+            check_tensor(name, tensor, [batch, tokens], torch.int64)
+        logits = torch.empty(batch, self.codes, dtype=torch.float32, device="cpu")
+        x, read = x.contiguous(), [t.contiguous() for t in entry]
+        _, pages, page, *_ = k_pages.shape
+        if batch:
+            self._engine.append(
+                x.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), *(t.data_ptr() for t in read), logits.data_ptr(),
+                batch, tokens, page, entry.table.shape[1], pages, TYPES[k_pages.dtype], torch.get_num_threads(),
+            )  # fmt: skip
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -161,11 +216,7 @@ class BlockEngine:
 
     def _check(self, k_pages: Tensor, v_pages: Tensor, spot: Spot, first: Tensor) -> int:
         """Check what every block brings; return the number of sessions."""
-        shape: list[int | str] = [len(self.weights.layers), "pages", "P", *self.heads]
-        for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-            check_tensor(name, pages, shape, FLOATS[:3], torch.device("cpu"))
-            if not pages.is_contiguous() or pages.shape != k_pages.shape or pages.dtype != k_pages.dtype:
-                raise InputError(f"{name}: expected contiguous pages like the keys', got {list(pages.shape)}")
+        self._check_pages(k_pages, v_pages)
         check_tensor("first", first, ["B", self.codes], torch.float32)
         batch = len(first)
         check_tensor("table", spot.table, [batch, "T"], torch.int32)
@@ -173,3 +224,10 @@ class BlockEngine:
         check_tensor("rows", spot.rows, [batch, "K"], torch.int64)
         check_tensor("positions", spot.positions, list(spot.rows.shape), torch.int64)
         return batch
+
+    def _check_pages(self, k_pages: Tensor, v_pages: Tensor) -> None:
+        shape: list[int | str] = [len(self.weights.layers), "pages", "P", *self.heads]
+        for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+            check_tensor(name, pages, shape, FLOATS[:3], torch.device("cpu"))
+            if not pages.is_contiguous() or pages.shape != k_pages.shape or pages.dtype != k_pages.dtype:
+                raise InputError(f"{name}: expected contiguous pages like the keys', got {list(pages.shape)}")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from flexlam_fast.backend import NATIVE
 from flexlam_fast.ops import native_decode
-from flexlam_fast.ops.block import BlockEngine, Draw, LayerTensors, ModelTensors, Spot
+from flexlam_fast.ops.block import BlockEngine, Draw, Entry, LayerTensors, ModelTensors, Spot
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.sampling import reciprocal
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.fused import Fused, FusedStep
-from flexlam_fast.sequence.layers import Layer
+from flexlam_fast.sequence.layers import Layer, pack
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.packed import Packed, PackedStep
 from flexlam_fast.sequence.sampling import PlainChoice, Sampling
@@ -43,6 +43,11 @@ class Native(PlainChoice):
         self.model = model
         self.together, self.one = Packed(model), Fused(model, NATIVE)
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The packed weights, which both ways share."""
+        return self.one.layers
+
     def prepare(self, cache: PagedCache, place: Placement) -> NativeStep:
         """Work out what all layers share."""
         return NativeStep(cache, place, self.one.prepare(cache, place))
@@ -54,12 +59,34 @@ class Native(PlainChoice):
         return self.together.logits(x, self.together.prepare(step.cache, step.place))
 
 
+class TileStep(NamedTuple):
+    """New tokens at ``place`` of ``cache``, which go through all layers in one call."""
+
+    cache: PagedCache
+    place: Placement
+
+
 class NativeBlock(Packed):
-    """``Packed`` for what is observed, and one call for a block of codes; pages may have any of the three dtypes."""
+    """A block of codes in one call, over pages of any of the three dtypes; and so what is observed, where the processor
+    has matrix tiles for it, else as ``Packed`` does it."""
 
     def __init__(self, model: SequenceModel) -> None:
         super().__init__(model)
         self._engine: BlockEngine | None = None
+
+    def prepare(self, cache: PagedCache, place: Placement) -> PackedStep | TileStep:  # type: ignore[override]
+        """Work out what all layers share."""
+        if self.engine().takes(place.slots.shape[1], cache.k):
+            return TileStep(cache, place)
+        return super().prepare(cache, place)
+
+    def logits(self, x: Tensor, step: PackedStep | TileStep) -> Tensor:
+        """Embedded tokens ``[B, N, hidden]`` through all layers; logits ``[B, C]`` of the last one."""
+        if isinstance(step, PackedStep):
+            return super().logits(x, step)
+        cache, place = step
+        entry = Entry(place.table, place.context, place.start, cache.rows(place), place.positions)
+        return self.engine().append(cache.k, cache.v, entry, x)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm of rows ``[..., W]``."""
@@ -106,6 +133,7 @@ class NativeBlock(Packed):
 
     def engine(self) -> BlockEngine:
         """The engine of the weights as they stand."""
+        self.layers = pack(self.model, self.layers)
         weights, seq = _weights(self.model, self.layers), self.model.cfg.sequence
         old = self._engine
         if old is None or any(

@@ -20,6 +20,7 @@ from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.native import Native
 from flexlam_fast.sequence.packed import Packed, PackedStep, bias_of
 
 PAGE = 64  # tokens of a page; also how many codes are placed at once
@@ -118,11 +119,19 @@ class PlainPacked(Packed):
         return bias_of(cache.mask(place)[:, 0], cache.k.dtype), cache.length
 
 
+class PlainNative(Native):
+    """``Native`` over growing pages: a prompt by packed products, and each code by C++."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__(model)
+        self.together = PlainPacked(model)
+
+
 def runner_of(model: SequenceModel, backend: str = AUTO) -> Runner:
     """The way through ``model`` over growing pages that belongs to a backend, where its weights are.
 
-    ``auto`` takes the fused kernels on a GPU where they fit, and packed products in plain PyTorch elsewhere. C++ has no
-    code for this, so ``native`` is the latter.
+    ``auto`` takes the fused kernels on a GPU where they fit, C++ for each code on a CPU where it is built, and packed
+    products in plain PyTorch elsewhere; so does ``native``, but for the kernels.
 
     Raises:
         BackendError: a backend asked for by name that cannot run here or does not take such sizes.
@@ -131,7 +140,14 @@ def runner_of(model: SequenceModel, backend: str = AUTO) -> Runner:
         return Eager(model)
     weight = model.head.weight
     fused = takes_kernels(model.cfg.sequence, backend, weight.device, weight.dtype)
-    return Fused(model, TRITON) if fused else PlainPacked(model)
+    if fused:
+        return Fused(model, TRITON)
+    return PlainNative(model) if takes_native(weight.device, weight.dtype) else PlainPacked(model)
+
+
+def takes_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether C++ runs a model of that dtype there."""
+    return linear.pick(AUTO, device, dtype, 1, native=True) == NATIVE
 
 
 def takes_kernels(seq: SequenceConfig, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
