@@ -342,20 +342,23 @@ void part_of(const AttendArgs& a, const Parts& p, std::int64_t query, std::int64
     }
 }
 
+// Writes nothing but the result: threads that need it all may each do it for themselves.
 void join_parts(const AttendArgs& a, const Parts& p, std::int64_t query) {
+    thread_local std::vector<float> factors;
+    factors.resize(static_cast<std::size_t>(p.splits));
     for (std::int64_t h = 0; h < a.heads; ++h) {
         float* parts = p.sums + (query * p.splits * a.heads + h) * p.width;
         const auto part = [&](std::int64_t s) { return parts + s * a.heads * p.width; };
-        float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
         const auto used = [&](std::int64_t s) { return p.total(part(s)) != 0.0f; };
+        float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
         for (std::int64_t s = 0; s < p.splits; ++s)
             if (used(s)) largest = std::max(largest, p.largest(part(s)));
         for (std::int64_t s = 0; s < p.splits; ++s)
-            if (used(s)) total += p.total(part(s)) * (p.scale(part(s)) = std::exp(p.largest(part(s)) - largest));
+            if (used(s)) total += p.total(part(s)) * (factors[s] = std::exp(p.largest(part(s)) - largest));
         for (std::int64_t i = 0; i < a.dim; i += V) {
             vf sum{};
             for (std::int64_t s = 0; s < p.splits; ++s)
-                if (used(s)) sum += p.scale(part(s)) * load<vf>(part(s) + i);
+                if (used(s)) sum += factors[s] * load<vf>(part(s) + i);
             if (total != 0.0f) sum /= total;
             store_typed(a.in, a.out, (query * a.heads + h) * a.dim + i, sum, a.dim - i);
         }

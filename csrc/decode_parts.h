@@ -11,15 +11,14 @@ constexpr std::int64_t widest_vector = 16;  // fp32 numbers
 // `n` up to whole vectors.
 constexpr std::int64_t padded(std::int64_t n) { return (n + widest_vector - 1) / widest_vector * widest_vector; }
 
-// What each split of each query leaves: for every head sums [padded dim] of weighted values, their largest score, the sum
-// of their weights (0: it saw nothing), and room for a factor.
+// What each split of each query leaves: for every head sums [padded dim] of weighted values, their largest score and the sum
+// of their weights (0: it saw nothing).
 struct Parts {
     std::int64_t entries, splits, width;
     float* sums;  // [queries, splits, heads, width]
 
-    float& largest(float* part) const { return part[width - 3]; }
-    float& total(float* part) const { return part[width - 2]; }
-    float& scale(float* part) const { return part[width - 1]; }
+    float& largest(float* part) const { return part[width - 2]; }
+    float& total(float* part) const { return part[width - 1]; }
 };
 
 struct DecodeKernels {

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <thread>
+#include <vector>
 
 namespace flexlam {
 namespace {
@@ -63,8 +65,7 @@ struct Job {
     std::mutex lock;
 };
 
-void work(void* data) {
-    Job& job = *static_cast<Job*>(data);
+void work(Job& job) {
     try {
         for (std::int64_t i; (i = job.next.fetch_add(1)) < job.chunks;) (*job.body)(i);
     } catch (...) {
@@ -75,7 +76,22 @@ void work(void* data) {
 
 }  // namespace
 
+#ifdef FLEXLAM_OWN_THREADS
+bool has_threads() { return true; }
+#else
 bool has_threads() { return runtime() != nullptr; }
+#endif
+
+#ifdef FLEXLAM_OWN_THREADS  // for sanitizers, which do not see through a runtime that was not built for them
+
+void parallel_region(int threads, void (*body)(void*, int, int), void* state) {
+    std::vector<std::thread> others;
+    for (int rank = 1; rank < threads; ++rank) others.emplace_back(body, state, rank, threads);
+    body(state, 0, threads < 1 ? 1 : threads);
+    for (std::thread& other : others) other.join();
+}
+
+#else
 
 void parallel_region(int threads, void (*body)(void*, int, int), void* state) {
     const GompParallel entry = threads > 1 ? runtime() : nullptr;
@@ -83,6 +99,8 @@ void parallel_region(int threads, void (*body)(void*, int, int), void* state) {
     Region region{body, state};
     entry(enter, &region, static_cast<unsigned>(threads), 0);
 }
+
+#endif
 
 void Barrier::wait(int count) {
     if (count == 1) return;
@@ -104,14 +122,14 @@ void Barrier::wait(int count) {
 
 void parallel_for(std::int64_t chunks, int threads, const std::function<void(std::int64_t)>& body) {
     if (chunks < threads) threads = static_cast<int>(chunks);
-    if (threads < 2 || !runtime()) {
+    if (threads < 2 || !has_threads()) {
         for (std::int64_t i = 0; i < chunks; ++i) body(i);
         return;
     }
     Job job;
     job.body = &body;
     job.chunks = chunks;
-    runtime()(work, &job, static_cast<unsigned>(threads), 0);
+    parallel_region(threads, [&](int, int) { work(job); });
     if (job.error) std::rethrow_exception(job.error);
 }
 
