@@ -30,9 +30,14 @@ class Machine:
         self._clock = self._clock or (DeviceClock(self.device) if self.device.type == "cuda" else self.wall)
         return self._clock
 
-    def read(self) -> float:
-        """Bytes per second that a plain sum reads from 512 MiB."""
-        return self._rate("read", self._measure_read)
+    def read(self, span: int = MEGABYTES_512) -> float:
+        """Bytes per second that a plain sum reads from 512 MiB.
+
+        On a CPU, whose caches may hold what one pass after the other goes through, from so many bytes as those: ``span``,
+        up to a power of two.
+        """
+        size = MEGABYTES_512 if self.device.type == "cuda" else min(1 << (span - 1).bit_length(), MEGABYTES_512)
+        return self._rate(("read", size), partial(self._measure_read, size))
 
     def copy(self) -> float:
         """Bytes per second, read and written together, of ``y.copy_(x)`` from 256 MiB to 256 MiB."""
@@ -51,8 +56,8 @@ class Machine:
         """Seconds of the best of ten calls."""
         return 1e-3 * min(self.clock(side).ms for _ in range(TRIES))
 
-    def _measure_read(self) -> float:
-        x = torch.ones(MEGABYTES_512 // 4, device=self.device)
+    def _measure_read(self, size: int) -> float:
+        x = torch.ones(size // 4, device=self.device)
         return x.nbytes / self._best(x.sum)
 
     def _measure_copy(self) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.policy import Policy
 from flexlam_fast.sequence import decode
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.decode import BlockRunner, Runner
@@ -94,8 +95,11 @@ def compare(
     decisions: int,
     batch: int,
     seed: int = 0,
+    weights: dict[str, Tensor] | None = None,
 ) -> Parity:
     """Compare over ``decisions`` decisions of ``batch`` sessions that start anew at different times.
+
+    ``weights`` are those of the sequence model; None draws random ones.
 
     Raises:
         AssertionError: a code that differs though plain's two best are further apart than the budget.
@@ -104,6 +108,8 @@ def compare(
     plain = SequenceModel(cfg).eval().requires_grad_(False)
     for p in plain.parameters():  # wider than the usual start, so that codes are clear choices that vary
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    if weights is not None:
+        plain.load_state_dict(weights)
     plain.to(device, dtype)
     models = [plain, plain if make is Eager else copy.deepcopy(plain), copy.deepcopy(plain).double()]
     runners = [Eager(models[0]), make(models[1]), Eager(models[2])]
@@ -144,6 +150,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="of the model")
+    parser.add_argument("--checkpoint", help="of a policy, or a shipped one's name; instead of random weights")
     parser.add_argument("--way", choices=RUNNERS, default="block", help="packed, native or block (CPU), fused (Triton)")
     parser.add_argument("--decisions", type=int, default=300, help="how many")
     parser.add_argument("--batch", type=int, default=3, help="sessions, which start anew at different times")
@@ -152,11 +159,14 @@ def main() -> None:
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of weights, pages"
     )
     options = parser.parse_args()
-    cfg, device = FlexLAMConfig.preset(options.preset), torch.device(options.device)
+    cfg, device, weights = FlexLAMConfig.preset(options.preset), torch.device(options.device), None
+    if options.checkpoint:
+        policy = Policy.from_pretrained(options.checkpoint, device="cpu")
+        cfg, weights = policy.cfg, policy.sequence.state_dict()
     dtype = getattr(torch, options.dtype)
-    found = compare(RUNNERS[options.way], cfg, dtype, device, options.decisions, options.batch)
+    found = compare(RUNNERS[options.way], cfg, dtype, device, options.decisions, options.batch, weights=weights)
     print(
-        f"{options.preset}, {options.way}, {options.dtype}, {options.decisions} decisions of {options.batch} sessions: "
+        f"{options.checkpoint or options.preset}, {options.way}, {options.dtype}, {options.decisions} decisions of {options.batch} sessions: "
         f"largest error {found.fast_max:.3g} (reference {found.plain_max:.3g}), rms {found.fast_rms:.3g} "
         f"({found.plain_rms:.3g}); {found.codes} codes, {found.near_ties} other ones at near ties"
     )

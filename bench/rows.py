@@ -21,11 +21,15 @@ PACKAGES = ("torch", "numpy", "triton", "transformers", "vector-quantize-pytorch
 
 
 class Work(NamedTuple):
-    """What an op cannot help but do: bytes read and written once, and operations in ``dtype``."""
+    """What an op cannot help but do: bytes read and written once, and operations in ``dtype``.
+
+    Where the same memory is gone through again and again, ``span`` is its size in bytes; 0 is memory that is not.
+    """
 
     moved: int
     operations: int
     dtype: torch.dtype
+    span: int = 0
 
 
 class Row(NamedTuple):
@@ -59,7 +63,8 @@ class Results:
         self, benchmark: Any, row_id: str, timing: Timing, work: Work, note: str, *, memory_bound: bool = True
     ) -> None:
         """Keep a row; with ``memory_bound`` its note also says which part of the bandwidth of a copy it reached."""
-        read, rate = self.machine.read(), self.machine.arithmetic(work.dtype)
+        read = self.machine.read(work.span) if work.span else self.machine.read()
+        rate = self.machine.arithmetic(work.dtype)
         peers = {name: timing.median(name) for name in timing.turns if name != OURS}
         ours = timing.median(OURS)
         told = [*tell_times(timing), tell_floor(work, read, rate)]

@@ -6,6 +6,7 @@ alone: a 128-token append to 2,368 cached tokens, then k - 1 passes of one token
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +21,7 @@ from flexlam_fast.layers import normalise
 from flexlam_fast.policy import Policy
 from flexlam_fast.sequence.layout import OBSERVATION, history_layout
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.native import Native, NativeBlock
 
 pytest.importorskip("transformers")
 from qwen import APPEND, CONTEXT, EAGER, STATIC, QwenPeer, StaticPeer, cast, qwen_of
@@ -28,15 +30,24 @@ ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 #: Beyond one session a CPU takes seconds a decision; the ids are a GPU's.
 BATCHES = (1, 8, 64, 256) if ON_GPU else (1,)
-CASES = [pytest.param(b, k, id=f"decide/dmlab/b{b}/k{k}") for b in BATCHES for k in (4, 16, 64)]
+CASES = [pytest.param(b, k, DTYPE, id=f"decide/dmlab/b{b}/k{k}") for b in BATCHES for k in (4, 16, 64)]
+if not ON_GPU:
+    CASES += [pytest.param(1, k, torch.bfloat16, id=f"decide/dmlab/b1/k{k}/bf16") for k in (4, 16, 64)]
+OP_BY_OP, EAGER_BF16 = "flexlam_fast op by op", f"{EAGER}, bf16"
 
 
 class Bench(NamedTuple):
-    """Policies with full windows, ours and the reference, a peer with the same weights, and frames to act on."""
+    """Ours and others that have the same weights and full windows, and frames to act on.
+
+    ``op_by_op`` is ours without the call that generates a whole block, None where there is no such call; ``same`` is
+    the peer in the dtype of ours, None where that is the peer's own.
+    """
 
     policy: Policy
     reference: Policy
+    op_by_op: Policy | None
     peer: QwenPeer
+    same: QwenPeer | None
     frames: Tensor
 
 
@@ -52,6 +63,12 @@ def qwen(results: Results) -> Any:
     return cast(model, device, DTYPE)
 
 
+def op_by_op(policy: Policy) -> Policy:
+    """A policy whose codes come from single ops."""
+    policy.stages = policy.stages._replace(runner=Native(policy.sequence))
+    return policy
+
+
 def loaded(model: Any, device: torch.device, dtype: torch.dtype, backend: str) -> Policy:
     """A policy whose sequence model has the peer's weights."""
     policy = Policy(FlexLAMConfig.preset("dmlab"), device=device, dtype=dtype, backend=backend)
@@ -65,23 +82,27 @@ def qwen_compiler(compiler: Compiler) -> Compiler:
     return Compiler(4 * compiler.limit)
 
 
-_made: dict[int, Bench] = {}
+_made: dict[tuple[int, torch.dtype], Bench] = {}
 
 
-def bench_of(model: Any, device: torch.device, batch: int) -> Bench:
-    """Policies and peers for a batch size; only one batch size is kept, because its caches may fill the device."""
-    if batch not in _made:
+def bench_of(model: Any, device: torch.device, batch: int, dtype: torch.dtype) -> Bench:
+    """Policies and peers for a batch size; only one is kept, because its caches may fill the device."""
+    if (batch, dtype) not in _made:
         _made.clear()
         frames = torch.randint(
             0, 256, (batch, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
         )
-        ours, reference = (loaded(model, device, DTYPE, backend) for backend in ("auto", "reference"))
-        for policy in (ours, reference):
-            policy.reset(batch)
-            for _ in range(policy.cfg.sequence.window + 8):
-                policy.act(frames, 1)
-        _made[batch] = Bench(ours, reference, QwenPeer(model, batch), frames)
-    return _made[batch]
+        ours, reference = (loaded(model, device, dtype, backend) for backend in ("auto", "reference"))
+        blocks = isinstance(ours.stages.runner, NativeBlock)
+        single = op_by_op(loaded(model, device, dtype, "auto")) if blocks else None
+        for policy in (ours, reference, single):
+            if policy is not None:
+                policy.reset(batch)
+                for _ in range(policy.cfg.sequence.window + 8):
+                    policy.act(frames, 1)
+        same = None if dtype == DTYPE else QwenPeer(cast(copy.deepcopy(model), device, dtype), batch)
+        _made[batch, dtype] = Bench(ours, reference, single, QwenPeer(model, batch), same, frames)
+    return _made[batch, dtype]
 
 
 @torch.no_grad()
@@ -130,10 +151,11 @@ def least_work(model: SequenceModel, batch: int, k: int) -> Work:
     read = blocks + weight.numel() + batch * 2 * CONTEXT * seq.layers * seq.kv_heads * seq.head_dim
     entering = batch * (APPEND + k - 1)
     operations = entering * (2 * blocks + 4 * CONTEXT * seq.layers * seq.heads * seq.head_dim)
-    return Work(k * read * weight.element_size(), operations + 2 * batch * k * weight.numel(), weight.dtype)
+    bytes_of_a_pass = read * weight.element_size()
+    return Work(k * bytes_of_a_pass, operations + 2 * batch * k * weight.numel(), weight.dtype, bytes_of_a_pass)
 
 
-@pytest.mark.parametrize(("batch", "k"), CASES)
+@pytest.mark.parametrize(("batch", "k", "dtype"), CASES)
 def test_decide(
     benchmark: Any,
     request: pytest.FixtureRequest,
@@ -143,22 +165,33 @@ def test_decide(
     qwen: Any,
     batch: int,
     k: int,
+    dtype: torch.dtype,
 ) -> None:
-    policy, reference, peer, frames = bench_of(qwen, results.device, batch)
-    peers = {REFERENCE: lambda: reference.act(frames, k), EAGER: lambda: peer.decide(k)}
+    policy, reference, single, peer, same, frames = bench_of(qwen, results.device, batch, dtype)
+    peers: dict[str, Any] = {REFERENCE: lambda: reference.act(frames, k), EAGER: lambda: peer.decide(k)}
+    if single is not None:
+        peers[OP_BY_OP] = lambda: single.act(frames, k)
+    if same is not None:
+        peers[EAGER_BF16] = lambda: same.decide(k)
     without = "no compiled peer: it is for CUDA graphs, which a CPU has not"
     if ON_GPU:
         without = qwen_compiler.add(peers, STATIC, lambda: static_side(qwen, batch, k))
     timing = in_turns(benchmark, lambda: policy.act(frames, k), peers, results.machine.wall, rounds)
+    graphs = ", CUDA graphs" if policy.graphs else ""
     note = (
-        f"{str(DTYPE).removeprefix('torch.')}, {torch.get_num_threads()} threads, backend {policy.backend.name}"
-        f"{', CUDA graphs' if policy.graphs else ''}; ours is a whole decision, uint8 frames in, actions out; the "
-        f"Qwen3 peers are their sequence model alone, {APPEND} tokens appended to make {CONTEXT}; the floor is that of "
-        "the sequence model alone: weights, keys and values read once per code, or every product done once"
+        f"{name_of(dtype)}, {torch.get_num_threads()} threads, backend {policy.backend.name}{graphs}; ours is a whole "
+        f"decision, uint8 frames in, actions out; the Qwen3 peers are their sequence model alone, {name_of(DTYPE)} unless "
+        f"they say otherwise, {APPEND} tokens appended to make {CONTEXT}; the floor is that of the sequence model alone: "
+        "weights, keys and values read once per code, or every product done once"
     )
     work = least_work(policy.sequence, batch, k)
     note = f"{note}; {without}" if without else note
     results.add(benchmark, request.node.callspec.id, timing, work, note, memory_bound=False)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as one says it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def static_side(model: Any, batch: int, k: int) -> Any:
