@@ -33,8 +33,8 @@ class Machine:
     def read(self, span: int = MEGABYTES_512) -> float:
         """Bytes per second that a plain sum reads from 512 MiB.
 
-        On a CPU, whose caches may hold what one pass after the other goes through, from so many bytes as those: ``span``,
-        up to a power of two.
+        On a CPU, whose caches may hold what one pass after the other goes through, it is from as many bytes as those:
+        ``span``, up to a power of two.
         """
         size = MEGABYTES_512 if self.device.type == "cuda" else min(1 << (span - 1).bit_length(), MEGABYTES_512)
         return self._rate(("read", size), partial(self._measure_read, size))
