@@ -34,9 +34,9 @@ class Machine:
         """Bytes per second that a plain sum reads from 512 MiB.
 
         On a CPU, whose caches may hold what one pass after the other goes through, it is from as many bytes as those:
-        ``span``, up to a power of two.
+        ``span`` (56 MB came at 55 GB/s where 512 came at 25).
         """
-        size = MEGABYTES_512 if self.device.type == "cuda" else min(1 << (span - 1).bit_length(), MEGABYTES_512)
+        size = MEGABYTES_512 if self.device.type == "cuda" else min(span, MEGABYTES_512)
         return self._rate(("read", size), partial(self._measure_read, size))
 
     def copy(self) -> float:

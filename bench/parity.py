@@ -166,7 +166,8 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     found = compare(RUNNERS[options.way], cfg, dtype, device, options.decisions, options.batch, weights=weights)
     print(
-        f"{options.checkpoint or options.preset}, {options.way}, {options.dtype}, {options.decisions} decisions of {options.batch} sessions: "
+        f"{options.checkpoint or options.preset}, {options.way}, {options.dtype}, {options.decisions} decisions of "
+        f"{options.batch} sessions: "
         f"largest error {found.fast_max:.3g} (reference {found.plain_max:.3g}), rms {found.fast_rms:.3g} "
         f"({found.plain_rms:.3g}); {found.codes} codes, {found.near_ties} other ones at near ties"
     )

@@ -181,8 +181,8 @@ def test_decide(
     note = (
         f"{name_of(dtype)}, {torch.get_num_threads()} threads, backend {policy.backend.name}{graphs}; ours is a whole "
         "decision, uint8 frames in, actions out; the Qwen3 peers are their sequence model alone, in "
-        f"{name_of(DTYPE)} unless they say otherwise, {APPEND} tokens appended to make {CONTEXT}; the floor is that of the "
-        "sequence model alone: weights, keys and values read once per code, or every product done once"
+        f"{name_of(DTYPE)} unless they say otherwise, {APPEND} tokens appended to make {CONTEXT}; the floor is that of "
+        "the sequence model alone: weights, keys and values read once per code, or every product done once"
     )
     work = least_work(policy.sequence, batch, k)
     note = f"{note}; {without}" if without else note
