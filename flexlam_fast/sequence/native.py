@@ -86,7 +86,7 @@ class NativeBlock(Packed):
             return super().logits(x, step)
         cache, place = step
         entry = Entry(place.table, place.context, place.start, cache.rows(place), place.positions)
-        return self.engine().append(cache.k, cache.v, entry, x)
+        return self._prepared().append(cache.k, cache.v, entry, x)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm of rows ``[..., W]``."""
@@ -129,7 +129,11 @@ class NativeBlock(Packed):
             assert noise is not None
             draw = Draw(reciprocal(sampling.temperature), sampling.top_k or 0, noise)
         spot = Spot(place.table, place.context, cache.rows(place), place.positions)
-        return self.engine().generate(cache.k, cache.v, spot, first.float(), k, draw, given=given, logits=logits)
+        return self._prepared().generate(cache.k, cache.v, spot, first.float(), k, draw, given=given, logits=logits)
+
+    def _prepared(self) -> BlockEngine:
+        """The engine as the last :meth:`prepare` left it: looking at 100 weights takes half a millisecond."""
+        return self._engine or self.engine()
 
     def engine(self) -> BlockEngine:
         """The engine of the weights as they stand."""
