@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flexlam_fast.ops.block import LayerTensors, ModelTensors
 from flexlam_fast.sequence.model import SequenceBlock, SequenceModel
 
 
@@ -32,6 +33,17 @@ def pack(model: SequenceModel, layers: list[Layer]) -> list[Layer]:
         gate_up = _joined([block.gate, block.up], old.gate_up if old else None)
         packed.append(Layer(block, qkv, gate_up))
     return packed
+
+
+@torch.no_grad()
+def tensors_of(model: SequenceModel, layers: list[Layer]) -> ModelTensors:
+    """The tensors of ``model``, whose layers have been packed."""
+    packed = []
+    for block, qkv, gate_up in layers:
+        norms = block.norm1.weight, qkv, block.q_norm.weight, block.k_norm.weight
+        packed.append(LayerTensors(*norms, block.out.weight, block.norm2.weight, gate_up, block.down.weight))
+    place = model.slot_place if model.cfg.sequence.places else None
+    return ModelTensors(tuple(packed), model.codes.weight, place, model.norm.weight, model.head.weight)
 
 
 def _joined(parts: list[nn.Linear], old: Tensor | None) -> Tensor:

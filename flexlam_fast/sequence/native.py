@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flexlam_fast.backend import NATIVE
 from flexlam_fast.ops import native_decode
-from flexlam_fast.ops.block import BlockEngine, Draw, Entry, LayerTensors, ModelTensors, Spot
+from flexlam_fast.ops.block import BlockEngine, Draw, Entry, Spot
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.sampling import reciprocal
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.fused import Fused, FusedStep
-from flexlam_fast.sequence.layers import Layer, pack
+from flexlam_fast.sequence.layers import Layer, pack, tensors_of
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.packed import Packed, PackedStep
 from flexlam_fast.sequence.sampling import PlainChoice, Sampling
@@ -138,7 +137,7 @@ class NativeBlock(Packed):
     def engine(self) -> BlockEngine:
         """The engine of the weights as they stand."""
         self.layers = pack(self.model, self.layers)
-        weights, seq = _weights(self.model, self.layers), self.model.cfg.sequence
+        weights, seq = tensors_of(self.model, self.layers), self.model.cfg.sequence
         old = self._engine
         if old is None or any(
             a.data_ptr() != b.data_ptr() for a, b in zip(weights.all(), old.weights.all(), strict=True)
@@ -146,14 +145,3 @@ class NativeBlock(Packed):
             self._engine = BlockEngine(weights, seq.rope_theta, seq.rms_eps)
         assert self._engine is not None
         return self._engine
-
-
-@torch.no_grad()
-def _weights(model: SequenceModel, layers: list[Layer]) -> ModelTensors:
-    """The tensors of ``model``, whose layers have been packed."""
-    packed = []
-    for block, qkv, gate_up in layers:
-        norms = block.norm1.weight, qkv, block.q_norm.weight, block.k_norm.weight
-        packed.append(LayerTensors(*norms, block.out.weight, block.norm2.weight, gate_up, block.down.weight))
-    place = model.slot_place if model.cfg.sequence.places else None
-    return ModelTensors(tuple(packed), model.codes.weight, place, model.norm.weight, model.head.weight)
