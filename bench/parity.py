@@ -80,7 +80,7 @@ class ScriptedBlock(Scripted):
     def block(self, cache: PagedCache, place: Placement, first: Tensor, k: int, sampling: Any) -> Tensor:
         """Feed the script; remember the logits that codes would be chosen from."""
         given = torch.stack([*self.script[: k - 1], torch.zeros_like(first[:, 0], dtype=torch.int64)], dim=1).int()
-        logits = torch.empty(*given.shape, first.shape[1])
+        logits = torch.empty(*given.shape, first.shape[1], device=first.device)
         codes: Tensor = self.runner.block(cache, place, first, k, sampling, given=given, logits=logits)  # type: ignore[attr-defined]
         self.seen = list(logits.unbind(1))
         return codes

@@ -14,6 +14,7 @@
 
 #include "tiles.h"
 #include "tiles_attend.h"
+#include "tiles_layers.h"
 
 namespace flexlam {
 namespace {
@@ -46,22 +47,13 @@ struct Room {
     }
 };
 
-inline float number(const void* p, std::int64_t i) {
-    const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(p)[i]} << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-inline vf rounded(vf x) { return from_bf16(to_bf16(x)); }
-
 // One thread's part in the append of one session.
-class Appender {
+class Appender : Columns {
 public:
     Appender(const ModelShape& m, const ModelWeights& w, const AppendArgs& a, const Room& r, std::int64_t session,
              const std::vector<double>& frequency, int rank, int count, Barrier& barrier)
-        : m_(m), w_(w), a_(a), r_(r), session_(session), frequency_(frequency), rank_(rank), count_(count),
-          barrier_(barrier), own_(r.own + rank * Room::own_size(m, r.width)) {}
+        : Columns(r.x, r.blocks, r.own + rank * Room::own_size(m, r.width), rank, count, barrier), m_(m), w_(w), a_(a),
+          r_(r), session_(session), frequency_(frequency) {}
 
     // All layers; of the last one the projections alone, whose last token's queries go to `q` and input to `x`.
     void run(float* q, float* x) {
@@ -72,10 +64,10 @@ public:
             project(layer, last ? q : nullptr);
             if (last) break;
             attend(layer);
-            add_product(w_.layers[layer].out, r_.attended, m_.heads * m_.dim);
+            add_product(w_.layers[layer].out, nullptr, r_.attended, m_.hidden, m_.heads * m_.dim);
             norm(w_.layers[layer].norm2);
             widen(w_.layers[layer].gate_up);
-            add_product(w_.layers[layer].down, r_.wide, m_.inner);
+            add_product(w_.layers[layer].down, nullptr, r_.wide, m_.hidden, m_.inner);
         }
         const Share mine(m_.hidden, rank_, count_);
         for (std::int64_t f = mine.first; f < mine.last; ++f) x[f] = r_.x[f * r_.width + a_.tokens - 1];
@@ -83,24 +75,9 @@ public:
     }
 
 private:
-    void wait() { barrier_.wait(count_); }
-    float* row(std::int64_t i) const { return own_ + i * r_.width; }
-
     // Tokens as columns, zeros beyond them; and the rotation of each.
     void enter() {
-        const auto* x = static_cast<const std::uint16_t*>(a_.x) + session_ * a_.tokens * m_.hidden;
-        const Share mine(m_.hidden / side, rank_, count_);
-        for (std::int64_t f = mine.first * side; f < mine.last * side; f += side)
-            for (std::int64_t b = 0; b < r_.blocks; ++b) {
-                float tokens[words], features[words];
-                for (std::int64_t n = 0; n < side; ++n) {
-                    const std::int64_t token = b * side + n;
-                    store(tokens + n * side, token < a_.tokens ? from_bf16(load<vh>(x + token * m_.hidden + f)) : vf{});
-                }
-                transpose(tokens, 64, features);
-                for (std::int64_t i = 0; i < side; ++i)
-                    store(r_.x + (f + i) * r_.width + b * side, load<vf>(features + i * side));
-            }
+        take_rows(static_cast<const std::uint16_t*>(a_.x) + session_ * a_.tokens * m_.hidden, a_.tokens, m_.hidden);
         const Share tokens(r_.width, rank_, count_);
         const std::int64_t half = m_.dim / 2;
         float* angles = own_;  // the thread's own room is free so far
@@ -132,12 +109,6 @@ private:
             }
         }
         wait();
-    }
-
-    // Features `f` and `f + 1` of the 16 tokens of a block.
-    void pack_into(std::uint32_t* tiles, std::int64_t f, std::int64_t b, vf first, vf second) const {
-        std::uint32_t* tile = tiles + (f / pairs * r_.blocks + b) * words;
-        _mm512_storeu_si512(tile + f % pairs / 2 * side, pack(intrinsic(first), intrinsic(second)));
     }
 
     void project(std::size_t layer, float* last_q) {
@@ -220,17 +191,6 @@ private:
         wait();
     }
 
-    // x += weight x packed.
-    void add_product(const void* weight, const std::uint32_t* packed, std::int64_t inner) {
-        const Share mine(m_.hidden / pairs, rank_, count_);
-        for (std::int64_t f = mine.first * pairs; f < mine.last * pairs; f += pairs) {
-            product(static_cast<const std::uint16_t*>(weight), f, inner, packed, r_.blocks, own_);
-            float* x = r_.x + f * r_.width;
-            for (std::int64_t i = 0; i < pairs * r_.width; i += side) store(x + i, load<vf>(x + i) + load<vf>(own_ + i));
-        }
-        wait();
-    }
-
     void widen(const void* gate_up) {
         const auto* w = static_cast<const std::uint16_t*>(gate_up);
         const Share mine(m_.inner / pairs, rank_, count_);
@@ -255,9 +215,6 @@ private:
     const Room& r_;
     const std::int64_t session_;
     const std::vector<double>& frequency_;
-    const int rank_, count_;
-    Barrier& barrier_;
-    float* own_;
 };
 
 }  // namespace

@@ -23,6 +23,10 @@
 
 namespace py = pybind11;
 
+#ifdef FLEXLAM_CUDA
+void bind_cuda_engine(py::module_& m);  // csrc/bindings_cuda.cpp
+#endif
+
 namespace {
 
 #define FLEXLAM_TEXT_OF(x) #x
@@ -269,5 +273,6 @@ PYBIND11_MODULE(_C, m) {
         .def("forward", &forward_cuda, free_gil, "As LevelPattern.forward, with device addresses and a stream.")
         .def("backward", &backward_cuda, free_gil, "As LevelPattern.backward; fp32 partial sums of the null's gradient.");
     m.def("cuda_partials", &flexlam::cuda_partials, "Partial sums that CudaLevels.backward writes.");
+    bind_cuda_engine(m);
 #endif
 }

@@ -23,6 +23,7 @@ from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.native import NativeBlock
+from flexlam_fast.sequence.native_cuda import CudaBlock, cuda_runner
 from flexlam_fast.sequence.sampling import Sampling
 from flexlam_fast.translator import PackedTranslator, Translator, TranslatorOutput, no_actions, one_hot_actions
 from flexlam_fast.types import Actions
@@ -36,6 +37,10 @@ class Outcome(NamedTuple):
     actions: Actions
     codes: Tensor
     frames: Tensor
+
+    def cpu(self) -> Outcome:
+        """The same on the host, in memory that the loop does not go on using."""
+        return Outcome(Actions(*(part.cpu() for part in self.actions)), self.codes.cpu(), self.frames.cpu())
 
 
 class How(NamedTuple):
@@ -53,6 +58,25 @@ class Stages(NamedTuple):
     runner: Runner
     translator: Translator
     fused: PackedTranslator | None = None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a decision on a GPU may be captured as one CUDA graph."""
+        return isinstance(self.runner, Fused) or (isinstance(self.runner, CudaBlock) and self.runner.capturable)
+
+    def refresh(self) -> None:
+        """Take in what has been written into weights since the last decision."""
+        if self.fused is not None:
+            self.fused.refresh()
+
+    def check(self) -> None:
+        """Say what a kernel could not say while the last decision was on its way.
+
+        Raises:
+            BackendError: it gave up waiting, and the decision is worth nothing.
+        """
+        if isinstance(self.runner, CudaBlock):
+            self.runner.check()
 
     def score(self, codes: Tensor, k: int, previous: Tensor, dtype: torch.dtype) -> TranslatorOutput:
         """Codes int32 ``[B, k]`` and encoded previous actions to scores, the other slots filled with the null."""
@@ -74,9 +98,10 @@ def stages_of(
     if backend == TRITON:
         levels, slots = lam.bottleneck.levels, lam.bottleneck.slots
         return Stages(lam, Fused(sequence), translator, PackedTranslator(translator, levels, slots, backend))
-    if backend != NATIVE or device.type != "cpu":  # on a GPU, C++ has code for the bottleneck only
+    if backend != NATIVE:
         return Stages(lam, Eager(sequence), translator)
-    return Stages(lam, NativeBlock(sequence), translator)
+    runner: Runner = NativeBlock(sequence) if device.type == "cpu" else cuda_runner(sequence, device, pages)
+    return Stages(lam, runner, translator)
 
 
 class DecisionLoop:

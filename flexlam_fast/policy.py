@@ -78,7 +78,6 @@ class Policy(Pretrained):
         if self.backend.name == TRITON and self.pages != dtype:
             expected = f"{_name(dtype)}, the dtype of the weights, with backend {TRITON!r}"
             raise BackendError(f"pages: expected {expected}, got {_name(self.pages)}")
-        self.graphs = graphs and self.device.type == "cuda" and self.backend.name == TRITON
         self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -95,6 +94,7 @@ class Policy(Pretrained):
             layer.implementation = self.attention.name
         modules = self.lam, self.sequence, self.translator
         self.stages = stages_of(*modules, self.backend.name, self.device, self.pages)
+        self.graphs = graphs and self.device.type == "cuda" and self.stages.capturable
         self.reset()
 
     def describe(self) -> str:
@@ -198,19 +198,17 @@ class Policy(Pretrained):
             raise InputError("sessions: expected at least one that acts, got none")
         how = How(self._budget(budget, deadline_ms, len(acting)), *self._heat(temperature, top_k))
         host = self._frames(frames, len(acting))
-        if self.stages.fused is not None:
-            self.stages.fused.refresh()
+        self.stages.refresh()
 
         def decide(staged: Tensor, numbers: Tensor) -> Outcome:
             return self.loop.decide(self.stages, how, staged, numbers)
 
         if self.graphed is not None:
             actions, codes, t = self.graphed.decide(how, decide, host, acting)
-            return Decision(actions, codes, how.budget, t)
-        numbers = torch.tensor(acting, device=self.device)
-        actions, codes, t = decide(host.to(self.device), numbers)
-        # the loop hands out nothing that it goes on using
-        return Decision(Actions(*(part.cpu() for part in actions)), codes.cpu(), how.budget, t.cpu())
+        else:
+            actions, codes, t = decide(host.to(self.device), torch.tensor(acting, device=self.device)).cpu()
+        self.stages.check()
+        return Decision(actions, codes, how.budget, t)
 
     def warmup(
         self, budgets: Sequence[int] | None = None, *, batch_size: int | None = None, warm: int = 20, rounds: int = 100
