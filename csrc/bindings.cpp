@@ -274,6 +274,5 @@ PYBIND11_MODULE(_C, m) {
         .def("backward", &backward_cuda, free_gil, "As LevelPattern.backward; fp32 partial sums of the null's gradient.");
     m.def("cuda_partials", &flexlam::cuda_partials, "Partial sums that CudaLevels.backward writes.");
     bind_cuda_engine(m);
-    bind_cuda_engine(m);
 #endif
 }

@@ -85,18 +85,6 @@ def cuda_engine_refusal(
     page: int,
     entries: int,
 ) -> str: ...
-def cuda_engine_refusal(
-    hidden: int,
-    inner: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    codes: int,
-    type: int,
-    pages: int,
-    page: int,
-    entries: int,
-) -> str: ...
 def takes_tiles(dim: int, page: int, type: int) -> bool: ...
 def norm_rows(
     x: int, weight: int, out: int, rows: int, width: int, type: int, eps: float, threads: int, variant: str = ""
@@ -167,57 +155,6 @@ class SequenceEngine:
         threads: int,
         variant: str = "",
     ) -> None: ...
-
-class CudaSequenceEngine:
-    def __init__(
-        self,
-        layers: Sequence[Sequence[int]],
-        embedding: int,
-        place: int,
-        norm: int,
-        head: int,
-        hidden: int,
-        inner: int,
-        heads: int,
-        kv_heads: int,
-        dim: int,
-        codes: int,
-        slots: int,
-        theta: float,
-        eps: float,
-        type: int,
-        pages: int,
-        page: int,
-        entries: int,
-    ) -> None: ...
-    def generate(
-        self,
-        k: int,
-        v: int,
-        table: int,
-        context: int,
-        starts: int,
-        rows: int,
-        positions: int,
-        first: int,
-        noise: int,
-        given: int,
-        chosen: int,
-        logits: int,
-        batch: int,
-        budget: int,
-        page: int,
-        entries: int,
-        pages: int,
-        top_k: int,
-        inverse: float,
-        type: int,
-        room: int,
-        stream: int,
-    ) -> None: ...
-    def room(self) -> int: ...
-    def blocks(self) -> int: ...
-    def check(self) -> None: ...
 
 class CudaSequenceEngine:
     def __init__(
