@@ -32,7 +32,11 @@ extension() {
 tests() {
     local names=(fsq fsq_backends fsq_contracts compiled accelerate backend deadline layers flow lam translator sequence
         cache policy sessions sampling graphs ways ops_linear ops_sampling ops_paged ops_paged_contracts ops_translate
-        ops_attention accelerate_qwen plain ranges profile bench)
+        ops_attention accelerate_qwen plain ranges profile bench ops_linear_contracts native_decode steady fsq_prefix
+        fsq_refusals fsq_compile accelerate_left accelerate_undo accelerate_backend accelerate_copies accelerate_compile
+        accelerate_imports sequence_layout sequence_rope policy_weights policy_refusals accelerate_qwen_options
+        accelerate_qwen_left accelerate_qwen_weights accelerate_qwen_record accelerate_qwen_copies profile_timeline
+        profile_shell engine engine_cuda)
     local files=("${names[@]/#/tests/test_}")
     "$PYTHON" -m pytest -q "${files[@]/%/.py}"
 }
@@ -42,7 +46,10 @@ parity() {
         "$PYTHON" bench/parity.py --preset dmlab --way fused --device cuda --dtype "$dtype" --batch 8 \
             --decisions "$([ "$dtype" = bfloat16 ] && echo 300 || echo 40)" || return 1
     done
-    "$PYTHON" bench/steady.py --preset dmlab --device cuda --dtype bfloat16
+    "$PYTHON" bench/steady.py --preset dmlab --device cuda --dtype bfloat16 || return 1
+    # the persistent kernel; BLOCKS=100000 takes a quarter of an hour
+    "$PYTHON" bench/parity.py --preset dmlab --way cuda --device cuda --dtype bfloat16 --batch 8 --decisions 40 &&
+        "$PYTHON" bench/blocks.py --blocks "${BLOCKS:-2000}" && "$PYTHON" bench/blocks.py --blocks 200 --batch 8
 }
 
 sanitizer() {
@@ -61,6 +68,12 @@ sanitizer() {
             "${ours[@]}" $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
             "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_fsq_backends.py tests/test_fsq_contracts.py \
             tests/test_ways.py -k "(cuda and (edge or budget or lengths_are)) or (fused_is and not dtype2)" || return 1
+    done
+    # the persistent kernel on a small model: every phase, one session and several
+    for tool in memcheck racecheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --target-processes all \
+            --kernel-name kernel_substring=block_kernel $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
+            "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_engine_cuda.py -k small_model || return 1
     done
 }
 

@@ -27,6 +27,7 @@ from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.native import Native, NativeBlock
+from flexlam_fast.sequence.native_cuda import CudaBlock
 from flexlam_fast.sequence.packed import Packed
 from flexlam_fast.testing import FORWARD_FACTOR
 
@@ -35,6 +36,7 @@ RUNNERS: dict[str, Callable[[SequenceModel], Runner]] = {
     "native": Native,
     "block": NativeBlock,
     "fused": Fused,
+    "cuda": lambda model: CudaBlock(model, Eager(model)),
 }
 
 
@@ -151,7 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="of the model")
     parser.add_argument("--checkpoint", help="of a policy, or a shipped one's name; instead of random weights")
-    parser.add_argument("--way", choices=RUNNERS, default="block", help="packed, native or block (CPU), fused (Triton)")
+    parser.add_argument(
+        "--way", choices=RUNNERS, default="block", help="packed, native, block (CPU), fused (Triton), cuda"
+    )
     parser.add_argument("--decisions", type=int, default=300, help="how many")
     parser.add_argument("--batch", type=int, default=3, help="sessions, which start anew at different times")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -37,7 +37,7 @@ struct EngineLaunch {
     float eps;
 };
 
-// Weights of type F, pages of type P, at most S sessions: one of them alone is a fifth of the code, which caches hold.
+// Weights of type F, pages of type P, at most S sessions: one alone is half the code, which caches hold.
 template <class F, class P, int S>
 class Worker {
 public:
@@ -54,6 +54,7 @@ public:
     __device__ void run() {
         // a launch that is given up leaves codes that are codes
         for (int s = block; s < sessions; s += blocks)
+#pragma unroll 1
             for (int j = thread; j < b.budget; j += engine_threads) b.chosen[(a.first + s) * b.budget + j] = 0;
         if (__syncthreads_or(thread == 0 && look_at(&a.state->lost))) return;
         if (b.budget > 1) fetch(block, 0, 0, 0);
@@ -164,6 +165,7 @@ private:
 
     // Every block chooses every session's code, which is cheaper than telling it; one of them writes it down.
     __device__ void enter(int slot) {
+#pragma unroll 1
         for (int s = warp; s < sessions; s += warps) {
             const std::int64_t session = a.first + s, at = session * b.budget + slot;
             const float* from = slot ? logits + s * a.codes : b.first + session * a.codes;
@@ -173,7 +175,9 @@ private:
             if (lane == 0) fed[s] = next;
             if (s % blocks != block) continue;
             if (lane == 0) b.chosen[at] = code;
+#pragma unroll 4
             for (int i = lane; i < a.codes && b.logits; i += 32) b.logits[at * a.codes + i] = kept[i];
+#pragma unroll 1
             for (int i = lane; i < a.hidden; i += 32) x[s * a.hidden + i] = embedded(next, slot, i);
             turn(s, b.positions[slot * b.batch + session]);
         }
@@ -183,6 +187,7 @@ private:
     // Cosines and sines of a position: angles in fp64, whole turns taken off by products without a rounding.
     __device__ void turn(int s, std::int64_t position) {
         const int half = a.dim / 2;
+#pragma unroll 1
         for (int i = lane; i < half; i += 32) {
             const double angle = static_cast<double>(position) * a.frequency[i];
             const double turns = rint(angle * 0.15915494309189535);
@@ -205,6 +210,7 @@ private:
     // The root mean square norm of each session's hidden row, staged: get(session, i) gives its elements.
     template <class Get>
     __device__ void stage_norm(const void* weight, const Get& get) {
+#pragma unroll 1
         for (int i = thread; i < a.hidden; i += engine_threads) {
             float v[S];
             const float gain = to_float(static_cast<const F*>(weight)[i]);
@@ -216,6 +222,7 @@ private:
                 if (s < sessions) staged[s * a.plan.row + place_of(i)] = rounded<F>(v[s]);
         }
         __syncthreads();
+#pragma unroll 1
         for (int s = warp; s < sessions; s += warps) {
             float *row = staged + s * a.plan.row, squares = 0.0f;
             for (int i = lane; i < a.hidden; i += 32) squares += row[place_of(i)] * row[place_of(i)];
@@ -260,6 +267,7 @@ private:
     __device__ void products(const Held<R>& held, const void* weight, int outs, int inner, int from, int step, int low,
                              int high, const Before& before, const Put& put) const {
         const int count = high - low;
+#pragma unroll 1
         for (int n = from; n < outs; n += step) {
             const float old = lane < count ? before(low + lane, n) : 0.0f;
             const Held<R> words = n == from ? held : hold<R>(weight, outs, inner, n);
@@ -268,6 +276,7 @@ private:
             for (int c = 0; c < held_words; ++c)
                 if ((lane + 32 * c) * V < inner) add_words<R>(words, c, lane + 32 * c, count, sum);
             const F* rows = static_cast<const F*>(weight) + static_cast<std::int64_t>(n) * inner;
+#pragma unroll 2
             for (int word = lane + 32 * held_words; word * V < inner; word += 32) {
                 Held<R> one;
 #pragma unroll
@@ -310,7 +319,9 @@ private:
     // Asks for the weights of a phase to come, from memory into the L2 cache: each block for its share, whoever reads.
     __device__ void ahead(const void* weight, int outs, int inner) const {
         const std::int64_t bytes = static_cast<std::int64_t>(inner) * sizeof(F);
+#pragma unroll 1
         for (int n = by_warp(); n < outs; n += blocks * warps)
+#pragma unroll 1
             for (std::int64_t i = lane * 128; i < bytes; i += 32 * 128)
                 prefetch(static_cast<const char*>(weight) + n * bytes + i);
     }
@@ -335,6 +346,7 @@ private:
             const std::int32_t* table = b.table + (a.first + it.session) * b.entries;
             const P *k = pages_of(b.k, layer), *v = pages_of(b.v, layer);
             char *keys = tiles + 2 * place * a.plan.tile, *values = keys + a.plan.tile;
+#pragma unroll 1
             for (int j = engine_threads - 1 - thread; j < it.count * words; j += engine_threads) {
                 const int t = j / words, w = j % words, entry = (from + t) / page;
                 if (t == it.own) continue;  // comes from this pass
@@ -391,6 +403,7 @@ private:
         const bool writes = it.split == 0 && 0 <= row && row < b.pages * b.page;
         const std::int64_t to = (row * a.kv_heads + it.head) * a.dim;
         const int at = it.own * a.dim;
+#pragma unroll 1
         for (int u = warp; u < group + 2; u += warps) {
             if (u < group) {
                 head_row(it.session, it.head * group + u, w.q_norm,
@@ -404,6 +417,7 @@ private:
             } else if (u == group + 1 && (here || writes)) {
                 P* page = pages_of(b.v, layer);
                 const float* from = qkv + it.session * qkv_width() + (a.heads + a.kv_heads + it.head) * a.dim;
+#pragma unroll 1
                 for (int i = lane; i < a.dim; i += 32) {
                     const P v = from_float<P>(rounded<F>(__ldcg(from + i)));
                     if (here) values[at + i] = v;
@@ -431,9 +445,11 @@ private:
     __device__ void score(const Item& it, const P* keys, const Lanes& l) {
         const int group = a.heads / a.kv_heads;
         const float scale = 1.0f / sqrtf(static_cast<float>(a.dim));
+#pragma unroll 2
         for (int first = warp * l.tokens; first < it.count; first += warps * l.tokens) {
             const int t = first + l.token;
             const Word<P> key = word_of(keys, t, it.count, l);
+#pragma unroll 1
             for (int h = 0; h < group; ++h) {
                 const float* q = query + h * a.dim + (l.part < l.words ? l.part * VP : 0);
                 float sum = 0.0f;
@@ -449,6 +465,7 @@ private:
     // Scores to weights relative to the largest; leaves that and their sum for the join. A warp a head.
     __device__ void weigh(const Item& it, float* stat) {
         const int group = a.heads / a.kv_heads;
+#pragma unroll 1
         for (int h = warp; h < group; h += warps) {
             float *row = scores + h * a.plan.split, most = -INFINITY, total = 0.0f;
             for (int t = lane; t < it.count; t += 32) most = fmaxf(most, row[t]);
@@ -463,8 +480,10 @@ private:
     // The weighted sum of the values, one head after the other.
     __device__ void sum_values(const Item& it, const P* values, const Lanes& l, float* out) {
         const int group = a.heads / a.kv_heads;
+#pragma unroll 1
         for (int h = 0; h < group; ++h) {
             float sum[VP] = {};
+#pragma unroll 2
             for (int first = warp * l.tokens; first < it.count; first += warps * l.tokens) {
                 const int t = first + l.token;
                 const Word<P> value = word_of(values, t, it.count, l);
@@ -479,6 +498,7 @@ private:
 #pragma unroll
                 for (int e = 0; e < VP; ++e) sums[warp * a.dim + l.part * VP + e] = sum[e];
             __syncthreads();
+#pragma unroll 1
             for (int i = thread; i < a.dim; i += engine_threads) {
                 float total = 0.0f;
 #pragma unroll
@@ -494,6 +514,7 @@ private:
         const int items = sessions * a.kv_heads * a.plan.splits, group = a.heads / a.kv_heads;
         const Lanes l(a.dim / VP, lane);
         int place = 0;
+#pragma unroll 1
         for (int i = block; i < items; i += blocks, place ^= 1) {
             fetch(i + blocks, layer, slot, place ^ 1);
             const Item it = item_of(i, slot);
@@ -521,6 +542,7 @@ private:
         const int splits = a.plan.splits;
         const auto* stat = reinterpret_cast<const float2*>(stats) + s * splits * a.heads;
         float* weights = totals + a.heads;
+#pragma unroll 1
         for (int h = warp; h < a.heads; h += warps) {
             float most = -INFINITY, total = 0.0f;
             for (int i = lane; i < splits; i += 32) {
@@ -548,9 +570,11 @@ private:
         // where the tiles lie between two attentions
         float *factors = reinterpret_cast<float*>(tiles), *totals = factors + a.heads * splits;
         weigh_splits(s, factors, totals);
+#pragma unroll 1
         for (int i = thread; i < width; i += engine_threads) {
             const float* factor = factors + i / a.dim * splits;
             float sum = 0.0f;
+#pragma unroll 1
             for (int first = 0; first < splits; first += together) {
                 float v[together];
 #pragma unroll
@@ -572,6 +596,7 @@ private:
 
     __device__ void project(const Held<1>& held, const void* weight) {
         const int each = blocks_each(), at_once = blocks / each;
+#pragma unroll 1
         for (int s = block / each; s < sessions; s += at_once) {
             join(s);
             products<1>(held, weight, a.hidden, a.heads * a.dim, projected(), warps * each, s, s + 1, residual(),

@@ -137,13 +137,24 @@ def native_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("native_gpu")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu_a_small_model_is_the_reference(dtype: torch.dtype, batch: int) -> None:
+    check_parity(CFG, dtype, batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("native_gpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_gpu_it_is_the_reference(dtype: torch.dtype) -> None:
-    for cfg in (CFG, DMLAB):
-        assert not refusal(cfg, dtype, dtype, PagedCache(cfg, 0, CUDA, dtype).session_pages, CUDA)
-        found = compare(lambda model: CudaBlock(model, Eager(model)), cfg, dtype, CUDA, 12, 3)
-        assert found.holds(), found
-        assert found.near_ties <= (0 if dtype == torch.float32 else 0.02 * found.codes)
+    check_parity(DMLAB, dtype, 3)
+
+
+def check_parity(cfg: FlexLAMConfig, dtype: torch.dtype, batch: int) -> None:
+    assert not refusal(cfg, dtype, dtype, PagedCache(cfg, 0, CUDA, dtype).session_pages, CUDA)
+    found = compare(lambda model: CudaBlock(model, Eager(model)), cfg, dtype, CUDA, 12, batch)
+    assert found.holds(), found
+    assert found.near_ties <= (0 if dtype == torch.float32 else 0.02 * found.codes)
 
 
 @pytest.mark.gpu
