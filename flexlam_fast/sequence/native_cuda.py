@@ -30,7 +30,7 @@ class CudaBlock(PlainChoice):
     def __init__(self, model: SequenceModel, together: Fused | Eager) -> None:
         self.model, self.together = model, together
         self.layers: list[Layer] = []
-        self._engine: CudaBlockEngine | None = None
+        self._engines: list[CudaBlockEngine] = []  # those of before too: a captured graph may go on launching them
 
     @property
     def capturable(self) -> bool:
@@ -71,18 +71,19 @@ class CudaBlock(PlainChoice):
 
     def check(self) -> None:
         """Say whether a launch that has run lost a barrier; see :meth:`CudaBlockEngine.check`."""
-        if self._engine is not None:
-            self._engine.check()
+        for engine in self._engines:
+            engine.check()
 
     def engine(self, cache: PagedCache, entries: int) -> CudaBlockEngine:
         """The engine of the weights as they stand, for pages like those of ``cache``, ``entries`` a session."""
         self.layers = pack(self.model, self.layers)
-        weights, seq, old = tensors_of(self.model, self.layers), self.model.cfg.sequence, self._engine
+        weights, seq = tensors_of(self.model, self.layers), self.model.cfg.sequence
         pages = cache.k.dtype, cache.page, entries
-        if old is None or (old.pages, old.page, old.entries) != pages or not _same(weights.all(), old.weights.all()):
-            self._engine = CudaBlockEngine(weights, seq.rope_theta, seq.rms_eps, *pages)
-        assert self._engine is not None
-        return self._engine
+        for engine in reversed(self._engines):
+            if (engine.pages, engine.page, engine.entries) == pages and _same(weights.all(), engine.weights.all()):
+                return engine
+        self._engines.append(CudaBlockEngine(weights, seq.rope_theta, seq.rms_eps, *pages))
+        return self._engines[-1]
 
 
 def cuda_runner(model: SequenceModel, device: torch.device, pages: torch.dtype) -> Runner:
