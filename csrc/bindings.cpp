@@ -12,6 +12,7 @@
 
 #include "cpu_features.h"
 #include "decode.h"
+#include "encoder.h"
 #include "engine.h"
 #include "fsq.h"
 #include "parallel.h"
@@ -160,6 +161,24 @@ std::unique_ptr<flexlam::SequenceEngine> sequence_engine(
     return std::make_unique<flexlam::SequenceEngine>(shape, std::move(weights));
 }
 
+std::unique_ptr<flexlam::EncoderEngine> encoder_engine(const std::vector<std::array<Address, 12>>& layers, Address norm,
+                                                       Address norm_bias, std::int64_t width, std::int64_t heads,
+                                                       std::int64_t inner, float eps) {
+    std::vector<flexlam::EncoderLayer> all;
+    for (const auto& l : layers)
+        all.push_back({at<const void>(l[0]), at<const void>(l[1]), at<const void>(l[2]), at<const void>(l[3]),
+                       at<const void>(l[4]), at<const void>(l[5]), at<const void>(l[6]), at<const void>(l[7]),
+                       at<const void>(l[8]), at<const void>(l[9]), at<const void>(l[10]), at<const void>(l[11])});
+    return std::make_unique<flexlam::EncoderEngine>(flexlam::EncoderShape{width, heads, inner, eps}, std::move(all),
+                                                    at<const void>(norm), at<const void>(norm_bias));
+}
+
+void encode(flexlam::EncoderEngine& engine, Address x, Address out, std::int64_t batch, std::int64_t tokens,
+            std::int64_t keep, int threads) {
+    if (!engine.takes(tokens)) throw std::invalid_argument("encode: expected AMX, tokens of whole 16s, sizes of whole 32s");
+    engine.run(at<const void>(x), at<void>(out), batch, tokens, keep, threads);
+}
+
 flexlam::AppendArgs append_args(Address x, Address k, Address v, Address table, Address context, Address start,
                                 Address rows, Address positions, Address logits, std::int64_t batch, std::int64_t tokens,
                                 std::int64_t page, std::int64_t entries, std::int64_t pages, int type) {
@@ -250,6 +269,13 @@ PYBIND11_MODULE(_C, m) {
           "Root mean square norm of rows.");
     m.def("swiglu_rows", &swiglu_rows, free_gil, py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("inner"),
           py::arg("type"), py::arg("threads"), py::arg("variant") = "", "silu(x[:, :inner]) * x[:, inner:] of rows.");
+    py::class_<flexlam::EncoderEngine>(m, "EncoderEngine", "The encoder's weights in bf16, for its transformer in one call.")
+        .def(py::init(&encoder_engine), py::arg("layers"), py::arg("norm"), py::arg("norm_bias"), py::arg("width"),
+             py::arg("heads"), py::arg("inner"), py::arg("eps"),
+             "Addresses of csrc/encoder.h's EncoderLayer, which must outlive this; EncoderShape.")
+        .def("takes", &flexlam::EncoderEngine::takes, py::arg("tokens"), "Whether run() takes so many tokens here.")
+        .def("run", &encode, free_gil, py::arg("x"), py::arg("out"), py::arg("batch"), py::arg("tokens"), py::arg("keep"),
+             py::arg("threads"), "Embedded tokens through all layers and the final norm.");
     py::class_<flexlam::SequenceEngine>(m, "SequenceEngine", "The sequence model's weights, for whole blocks of codes.")
         .def(py::init(&sequence_engine), py::arg("layers"), py::arg("embedding"), py::arg("place"), py::arg("norm"),
              py::arg("head"), py::arg("hidden"), py::arg("inner"), py::arg("heads"), py::arg("kv_heads"), py::arg("dim"),

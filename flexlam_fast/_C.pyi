@@ -91,6 +91,20 @@ def norm_rows(
 ) -> None: ...
 def swiglu_rows(x: int, out: int, rows: int, inner: int, type: int, threads: int, variant: str = "") -> None: ...
 
+class EncoderEngine:
+    def __init__(
+        self,
+        layers: Sequence[Sequence[int]],
+        norm: int,
+        norm_bias: int,
+        width: int,
+        heads: int,
+        inner: int,
+        eps: float,
+    ) -> None: ...
+    def takes(self, tokens: int) -> bool: ...
+    def run(self, x: int, out: int, batch: int, tokens: int, keep: int, threads: int) -> None: ...
+
 class SequenceEngine:
     def __init__(
         self,

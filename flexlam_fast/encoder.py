@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.layers import MLP, Attention, init_linear, patchify, sincos_grid
+from flexlam_fast.ops.encode import TransformerEngine
 
 CHANGE_GAIN = 4.0  # frames change by about a quarter of their own spread (0.1 against 0.45 rms in ViZDoom)
 
@@ -27,6 +28,12 @@ class EncoderBlock(nn.Module):
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias of every part, in order; aliases, which stay where a parameter's data is now."""
+        attention, mlp = self.attention, self.mlp
+        parts = self.norm1, attention.qkv, attention.out, self.norm2, mlp.up, mlp.down
+        return [t.detach() for part in parts for t in (part.weight, part.bias)]
+
 
 class Encoder(nn.Module):
     """ViT over the tubelet patches of ``(o_t, o_{t+1})`` and ``K`` learned slot queries.
@@ -40,7 +47,7 @@ class Encoder(nn.Module):
         super().__init__()
         enc = cfg.encoder
         self.patch = enc.patch
-        self.slots = cfg.bottleneck.slots
+        self.slots, self.heads = cfg.bottleneck.slots, enc.heads
         self.embed = nn.Linear(enc.tubelet * cfg.channels * enc.patch**2, enc.width)
         self.position = nn.Parameter(sincos_grid(cfg.frame // enc.patch, enc.width))
         self.queries = nn.Parameter(torch.randn(self.slots, enc.width) * 0.5)
@@ -51,10 +58,50 @@ class Encoder(nn.Module):
 
     def forward(self, now: Tensor, following: Tensor) -> Tensor:
         """Pixels ``o_t``, ``o_{t+1}`` ``[B, C, H, W]`` in ``[-1, 1]`` to slot outputs ``[B, K, d]`` before FSQ."""
-        tubelets = torch.cat([patchify(now, self.patch), CHANGE_GAIN * patchify(following - now, self.patch)], dim=-1)
-        x = self.embed(tubelets.to(self.embed.weight.dtype)) + self.position
-        x = torch.cat([self.queries.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        return self.finish(self.tokens(now, following))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """:meth:`tokens` to slot outputs."""
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.project(self.norm(x[:, : self.slots]))
         return out
+
+    def tokens(self, now: Tensor, following: Tensor) -> Tensor:
+        """The slot queries and the embedded tubelets ``[B, K + N, W]``."""
+        tubelets = torch.cat([patchify(now, self.patch), CHANGE_GAIN * patchify(following - now, self.patch)], dim=-1)
+        x = self.embed(tubelets.to(self.embed.weight.dtype)) + self.position
+        return torch.cat([self.queries.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+
+
+class NativeEncoder:
+    """``encoder`` with its blocks in one call of C++ where that takes them: bf16 on a CPU with matrix tiles."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._engine: TransformerEngine | None = None
+
+    def __call__(self, now: Tensor, following: Tensor) -> Tensor:
+        """As :class:`Encoder`."""
+        encoder = self.encoder
+        engine = self._ready()
+        if engine is None:
+            out: Tensor = encoder(now, following)
+            return out
+        x = encoder.tokens(now, following)
+        if not engine.takes(x.shape[1]):
+            return encoder.finish(x)
+        kept: Tensor = encoder.project(engine.run(x, encoder.slots))
+        return kept
+
+    def _ready(self) -> TransformerEngine | None:
+        """The engine of the weights as they stand."""
+        encoder = self.encoder
+        if encoder.norm.weight.dtype != torch.bfloat16 or encoder.norm.weight.device.type != "cpu":
+            return None
+        layers = [block.tensors() for block in encoder.blocks if isinstance(block, EncoderBlock)]
+        ends = [encoder.norm.weight.detach(), encoder.norm.bias.detach()]
+        old, new = self._engine, [t for layer in layers for t in layer] + ends
+        if old is None or any(a.data_ptr() != b.data_ptr() for a, b in zip(old.tensors, new, strict=True)):
+            self._engine = TransformerEngine(layers, ends, encoder.heads, encoder.norm.eps)
+        return self._engine

@@ -6,6 +6,7 @@ so that one decision can be captured as one CUDA graph (``graphs.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from flexlam_fast.backend import NATIVE, TRITON
 from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.encoder import NativeEncoder
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.layers import normalise
 from flexlam_fast.ranges import span
@@ -52,12 +54,19 @@ class How(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The modules a decision goes through, and the ways through the sequence model and, where fused, the translator."""
+    """The modules a decision goes through, and the ways through the sequence model and, where there are others than the
+    modules' own, translator and encoder."""
 
     lam: LatentActionModel
     runner: Runner
     translator: Translator
     fused: PackedTranslator | None = None
+    encoder: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def observe(self, now: Tensor, following: Tensor) -> Tensor:
+        """Codes int32 ``[B, K]`` of transitions, given as pixels ``[B, C, H, W]`` in ``[-1, 1]``."""
+        codes: Tensor = self.lam.bottleneck((self.encoder or self.lam.encoder)(now, following)).codes
+        return codes
 
     @property
     def capturable(self) -> bool:
@@ -101,7 +110,8 @@ def stages_of(
     if backend != NATIVE:
         return Stages(lam, Eager(sequence), translator)
     runner: Runner = NativeBlock(sequence) if device.type == "cpu" else cuda_runner(sequence, device, pages)
-    return Stages(lam, runner, translator)
+    encoder = NativeEncoder(lam.encoder) if device.type == "cpu" else None
+    return Stages(lam, runner, translator, encoder=encoder)
 
 
 class DecisionLoop:
@@ -132,11 +142,11 @@ class DecisionLoop:
     @torch.no_grad()
     def decide(self, stages: Stages, how: How, frames: Tensor, sessions: Tensor) -> Outcome:
         """Decide for ``sessions`` int64 ``[B]`` from their newest frames uint8 ``[B, H, W, C]``, both on the device."""
-        lam, runner, translator, _ = stages
+        runner, translator = stages.runner, stages.translator
         pixels = normalise(frames).to(self.dtype)
         with span("encode"):
             # of no meaning at a session's first frame, where the cache takes it for padding
-            observed = lam.bottleneck(lam.encoder(self.pixels[sessions], pixels)).codes
+            observed = stages.observe(self.pixels[sessions], pixels)
         with span("append"):
             appended = decode.append(runner, self.cache, observed, pixels, sessions)
         drawn = self.drawn[sessions]

@@ -94,6 +94,8 @@ class Policy(Pretrained):
             layer.implementation = self.attention.name
         modules = self.lam, self.sequence, self.translator
         self.stages = stages_of(*modules, self.backend.name, self.device, self.pages)
+        if attention != "auto":  # in the encoder's own modules
+            self.stages = self.stages._replace(encoder=None)
         self.graphs = graphs and self.device.type == "cuda" and self.stages.capturable
         self.reset()
 

@@ -22,6 +22,7 @@ FLAGS = {
     "decode_avx512_bf16": [*WIDE, "-mavx512bf16"],
     "append_amx": TILES,
     "prefill_amx": TILES,
+    "encoder_amx": TILES,
 }
 PLAIN = ["decode_portable", "decode", "engine", "parallel", "prefill", "variants", "cpu_features"]
 

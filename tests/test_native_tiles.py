@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import sys
@@ -16,10 +17,12 @@ from small import small_config
 from torch import Tensor
 
 from flexlam_fast.config import BottleneckConfig, EncoderConfig, FlexLAMConfig
+from flexlam_fast.encoder import Encoder, NativeEncoder
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_decode
 from flexlam_fast.ops import paged_reference as reference
 from flexlam_fast.ops.block import Entry
+from flexlam_fast.policy import Policy
 from flexlam_fast.sequence.cache import PagedCache
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.native import NativeBlock, TileStep
@@ -178,3 +181,65 @@ def test_one_sentence_says_what_is_wrong() -> None:
     ):
         with pytest.raises(InputError, match=sentence):
             call()
+
+
+@pytest.mark.parametrize("preset", ["dmlab", "tiny"])
+def test_the_encoder_is_within_the_budget(preset: str) -> None:
+    cfg = FlexLAMConfig.preset(preset)
+    encoder = Encoder(cfg).requires_grad_(False)
+    for p in encoder.parameters():
+        if p.dim() == 1:
+            p.add_(torch.randn_like(p) * 0.1)
+    encoder.to(BF16)
+    calls: list[Tensor] = []
+    plain = copy.deepcopy(encoder)
+    native = NativeEncoder(encoder)
+    engine = native._ready()
+    assert engine is not None
+    engine.run = lambda x, keep, run=engine.run: calls.append(x) or run(x, keep)  # type: ignore[method-assign]
+
+    def reference(now: Tensor, following: Tensor) -> Tensor:
+        module = plain.to(now.dtype)
+        return module(now, following)
+
+    now, following = (torch.rand(2, 3, cfg.frame, cfg.frame).to(BF16) * 2 - 1 for _ in range(2))
+    assert_within_budget(native(now, following), reference, now, following, working_dtype=BF16)
+    assert len(calls) == 1
+    for p in encoder.parameters():  # elsewhere in memory, other numbers
+        p.data = p.data * 0.5
+    plain.load_state_dict(encoder.state_dict())
+    plain.to(BF16)
+    assert_within_budget(native(now, following), reference, now, following, working_dtype=BF16)
+
+
+def test_other_dtypes_and_sizes_go_by_the_modules() -> None:
+    odd = small_config()  # 4 slots and 4 patches: no whole 16
+    for kind in (torch.float32, BF16):
+        encoder = Encoder(odd).requires_grad_(False).to(kind)
+        now, following = (torch.rand(2, 3, 16, 16).to(kind) for _ in range(2))
+        assert torch.equal(NativeEncoder(encoder)(now, following), encoder(now, following))
+
+
+def test_attention_asked_for_by_name_is_taken() -> None:
+    for name, native in (("auto", True), ("reference", False)):
+        policy = Policy(FlexLAMConfig.preset("tiny"), dtype=BF16, device="cpu", attention=name)
+        assert (policy.stages.encoder is not None) is native
+    frame = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    policy.act(frame, 2)
+    assert policy.act(frame, 2).codes.shape == (1, 2)
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_do_not_change_the_encoders_bits() -> None:
+    encoder = Encoder(FlexLAMConfig.preset("tiny")).requires_grad_(False).to(BF16)
+    now, following = (torch.rand(3, 3, 64, 64).to(BF16) for _ in range(2))
+    found, x = [], encoder.tokens(now, following)
+    engine = NativeEncoder(encoder)._ready()
+    assert engine is not None
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(engine.run(x, 16))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(engine.run(x[1:2], 16)[0], found[0][1])
+    with pytest.raises(InputError, match=r"^x: expected whole 16s of tokens, 16 of them to keep, and AMX"):
+        engine.run(x[:, :17], 16)

@@ -35,15 +35,19 @@ def pack(model: SequenceModel, layers: list[Layer]) -> list[Layer]:
     return packed
 
 
-@torch.no_grad()
 def tensors_of(model: SequenceModel, layers: list[Layer]) -> ModelTensors:
-    """The tensors of ``model``, whose layers have been packed."""
+    """The weights of ``model``, whose layers have been packed, as an engine takes them.
+
+    Each is an alias of its own: a parameter that is given other data would take a tensor that is kept along.
+    """
     packed = []
     for block, qkv, gate_up in layers:
         norms = block.norm1.weight, qkv, block.q_norm.weight, block.k_norm.weight
-        packed.append(LayerTensors(*norms, block.out.weight, block.norm2.weight, gate_up, block.down.weight))
-    place = model.slot_place if model.cfg.sequence.places else None
-    return ModelTensors(tuple(packed), model.codes.weight, place, model.norm.weight, model.head.weight)
+        tensors = *norms, block.out.weight, block.norm2.weight, gate_up, block.down.weight
+        packed.append(LayerTensors(*(t.detach() for t in tensors)))
+    place = model.slot_place.detach() if model.cfg.sequence.places else None
+    norm, head = (part.weight.detach() for part in (model.norm, model.head))
+    return ModelTensors(tuple(packed), model.codes.weight.detach(), place, norm, head)
 
 
 def _joined(parts: list[nn.Linear], old: Tensor | None) -> Tensor:
