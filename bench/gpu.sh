@@ -36,7 +36,7 @@ tests() {
         fsq_refusals fsq_compile accelerate_left accelerate_undo accelerate_backend accelerate_copies accelerate_compile
         accelerate_imports sequence_layout sequence_rope policy_weights policy_refusals accelerate_qwen_options
         accelerate_qwen_left accelerate_qwen_weights accelerate_qwen_record accelerate_qwen_copies profile_timeline
-        profile_shell engine engine_cuda)
+        profile_shell native_block native_tiles engine engine_cuda)
     local files=("${names[@]/#/tests/test_}")
     "$PYTHON" -m pytest -q "${files[@]/%/.py}"
 }
