@@ -18,7 +18,7 @@ from flexlam_fast.errors import BackendError, InputError
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
 _BOTTLENECK = "runs the bottleneck and, for models it takes, blocks of codes; the rest is PyTorch in this version"
-_CODES = "runs bottleneck and sequence model; the rest of the model is PyTorch in this version"
+_CODES = "runs bottleneck and sequence model, in bf16 with AMX the encoder too; the rest is PyTorch in this version"
 _DECISION = "runs bottleneck, sequence model and translator; encoder and decoder are PyTorch in this version"
 
 
