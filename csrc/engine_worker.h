@@ -1,4 +1,6 @@
-// How the threads of the CPU engine go through the layers together; of csrc/engine.cpp and csrc/append_amx.cpp.
+// How the threads of the CPU engine go through the layers together; of csrc/engine.cpp and csrc/append_amx.cpp. Nothing here
+// has a name outside of the including file: the linker keeps one of equal inline functions, and that of a file compiled for
+// AVX-512 must not be what a processor without it runs.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +10,7 @@
 #include "parallel.h"
 
 namespace flexlam {
+namespace {
 
 // The half-open range of `total` things that falls to one of `count` threads.
 struct Share {
@@ -107,7 +110,8 @@ private:
         const std::int64_t code = b_.given ? b_.given[at] : b_.chosen[at];
         float* x = s_.x + session * m_.hidden;
         weights_.embed(w_.embedding, code, w_.place, slot, m_.hidden, x);
-        angles_at(b_.positions[slot * b_.batch + session], frequency_, s_.cosine + session * (m_.dim / 2), s_.sine + session * (m_.dim / 2));
+        const std::int64_t half = session * (m_.dim / 2);
+        angles_at(b_.positions[slot * b_.batch + session], frequency_, s_.cosine + half, s_.sine + half);
     }
 
     void product(const LinearArgs& a) {
@@ -149,4 +153,5 @@ private:
     Parts parts_;
 };
 
+}  // namespace
 }  // namespace flexlam

@@ -235,6 +235,27 @@ def test_one_sentence_says_what_is_wrong() -> None:
         ),
         (lambda: engine.generate(k, v, spot, first, 2, logits=first), InputError, r"^logits: expected \[3,2,"),
         (
+            lambda: engine.generate(k, v, spot, first, 2, logits=torch.empty(2, 3, CODES).transpose(0, 1)),
+            InputError,
+            r"^logits: expected a contiguous tensor to fill",
+        ),
+        (
+            lambda: engine.generate(k, v, spot, first, 2, given=torch.full((3, 2), CODES, dtype=torch.int32)),
+            InputError,
+            rf"^given: expected codes in 0\.\.{CODES - 1}, got {CODES}\.\.{CODES}$",
+        ),
+        (
+            lambda: engine.generate(
+                k,
+                v,
+                spot._replace(rows=spot.rows.repeat(1, 2), positions=spot.positions.repeat(1, 2)),
+                first,
+                SLOTS + 1,
+            ),
+            BudgetError,
+            rf"^k: expected .*{SLOTS}",
+        ),
+        (
             lambda: BlockEngine(engine.weights._replace(head=engine.weights.head.half()), 1e4, 1e-6),
             InputError,
             r"^weights: ",

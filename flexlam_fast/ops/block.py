@@ -186,14 +186,19 @@ class BlockEngine:
 
         Raises:
             InputError: wrong shape, dtype or layout.
-            BudgetError: ``k`` below 1 or beyond the columns of ``spot``.
+            BudgetError: ``k`` below 1, or beyond the columns of ``spot`` or the model's places.
         """
         batch = self._check(k_pages, v_pages, spot, first)
-        check_budget("k", k, 1, spot.rows.shape[1])
+        place = self.weights.place
+        check_budget("k", k, 1, spot.rows.shape[1] if place is None else min(spot.rows.shape[1], len(place)))
         if given is not None:
             check_tensor("given", given, [batch, k], torch.int32)
+            if bool(((given < 0) | (given >= self.codes)).any()):
+                raise InputError(f"given: expected codes in 0..{self.codes - 1}, got {given.min()}..{given.max()}")
         if logits is not None:
             check_tensor("logits", logits, [batch, k, self.codes], torch.float32)
+            if not logits.is_contiguous():
+                raise InputError(f"logits: expected a contiguous tensor to fill, got strides {logits.stride()}")
         chosen = torch.empty(batch, k, dtype=torch.int32, device="cpu")
         if not batch:
             return chosen
