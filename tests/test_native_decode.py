@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -109,3 +111,16 @@ def test_every_dtype_is_rounded_to_nearest_even(variant: str) -> None:
         weight = (torch.eye(64) * 1.5).to(dtype)
         out = native_decode.fused_linear(Forced(variant), x, None, weight, None, 0.0, False, False)  # type: ignore[arg-type]
         assert torch.equal(out, (x.float() * 1.5).to(dtype))
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump was not found")
+def test_what_instruction_sets_share_runs_on_any_processor() -> None:
+    """Of equal inline functions the linker keeps one: that of a file for all processors, or others would trap."""
+    from flexlam_fast import _C
+
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", _C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = [block.split("\n", 1) for block in listing.split("\n\n") if ">:\n" in block]
+    shared = {name: body for name, body in functions if "<std::" in name and "flexlam" not in name}
+    assert any("vector<float" in name for name in shared)
+    assert [name for name, body in shared.items() if "%ymm" in body or "%zmm" in body] == []
