@@ -62,7 +62,7 @@ class Decided:
 
     @property
     def spot(self) -> Spot:
-        return Spot(self.place.table, self.place.context, self.cache.rows(self.place), self.place.positions)
+        return self.cache.spot(self.place)
 
     def block(self, k: int = SLOTS, draw: Draw | None = None, variant: str = "", **kept: Tensor) -> Tensor:
         first = self.appended.logits.float()

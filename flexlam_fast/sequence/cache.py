@@ -21,6 +21,7 @@ from torch import Tensor
 from flexlam_fast.checks import check_budget
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.errors import CacheError
+from flexlam_fast.ops.block import Spot
 from flexlam_fast.sequence.audit import audit, print_session
 
 EMPTY = -1
@@ -169,6 +170,10 @@ class PagedCache:
     def rows(self, place: Placement) -> Tensor:
         """Where the tokens of ``place`` stand in the pool, int64 ``[B, N]``, counted in tokens."""
         return place.sessions.unsqueeze(1) * self.size + place.slots
+
+    def spot(self, place: Placement) -> Spot:
+        """The same for an engine."""
+        return Spot(place.table, place.context, self.rows(place), place.positions)
 
     def mask(self, place: Placement) -> Tensor:
         """What the tokens of ``place`` see, bool ``[B, 1, N, S]`` over the reservation of their session.

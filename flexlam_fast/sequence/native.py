@@ -12,9 +12,8 @@ from torch import Tensor
 
 from flexlam_fast.backend import NATIVE
 from flexlam_fast.ops import native_decode
-from flexlam_fast.ops.block import BlockEngine, Draw, Entry, Spot
+from flexlam_fast.ops.block import BlockEngine, Entry
 from flexlam_fast.ops.contracts import compiled
-from flexlam_fast.ops.sampling import reciprocal
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.fused import Fused, FusedStep
 from flexlam_fast.sequence.layers import Layer, pack, tensors_of
@@ -122,12 +121,8 @@ class NativeBlock(Packed):
 
         ``given`` and ``logits`` are those of :meth:`BlockEngine.generate`.
         """
-        draw = None
-        if sampling is not None:
-            noise = sampling.prepared(k, first.shape[1]).noise
-            assert noise is not None
-            draw = Draw(reciprocal(sampling.temperature), sampling.top_k or 0, noise)
-        spot = Spot(place.table, place.context, cache.rows(place), place.positions)
+        draw = None if sampling is None else sampling.drawing(k, first.shape[1])
+        spot = cache.spot(place)
         return self._prepared().generate(cache.k, cache.v, spot, first.float(), k, draw, given=given, logits=logits)
 
     def _prepared(self) -> BlockEngine:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.backend import TRITON, probe
-from flexlam_fast.ops.block import Draw, Spot
 from flexlam_fast.ops.block_cuda import CudaBlockEngine, refusal
-from flexlam_fast.ops.sampling import reciprocal
 from flexlam_fast.sequence.cache import PagedCache, Placement
 from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
@@ -60,12 +58,8 @@ class CudaBlock(PlainChoice):
 
         ``given`` and ``logits`` are those of :meth:`CudaBlockEngine.generate`.
         """
-        draw = None
-        if sampling is not None:
-            noise = sampling.prepared(k, first.shape[1]).noise
-            assert noise is not None
-            draw = Draw(reciprocal(sampling.temperature), sampling.top_k or 0, noise)
-        spot = Spot(place.table, place.context, cache.rows(place), place.positions)
+        draw = None if sampling is None else sampling.drawing(k, first.shape[1])
+        spot = cache.spot(place)
         engine = self.engine(cache, place.table.shape[1])
         return engine.generate(cache.k, cache.v, spot, first.float(), k, draw, given=given, logits=logits)
 

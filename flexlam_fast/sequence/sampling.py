@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexlam_fast.ops.block import Draw
 from flexlam_fast.ops.sampling import draw, gumbel, reciprocal
 from flexlam_fast.sequence.model import SequenceModel
 
@@ -30,6 +31,12 @@ class Sampling(NamedTuple):
         rows = len(self.streams)
         streams = (self.streams.unsqueeze(1) + torch.arange(k, device=self.streams.device)).flatten()
         return self._replace(noise=gumbel(self.seed, streams, rows * k, codes).view(rows, k, codes))
+
+    def drawing(self, k: int, codes: int) -> Draw:
+        """The same as an engine takes it."""
+        noise = self.prepared(k, codes).noise
+        assert noise is not None
+        return Draw(reciprocal(self.temperature), self.top_k or 0, noise)
 
 
 class PlainChoice:
