@@ -103,12 +103,13 @@ class CudaBlockEngine:
 
         Raises:
             InputError: wrong shape, dtype, layout or device.
-            BudgetError: ``k`` below 1 or beyond the columns of ``spot``.
+            BudgetError: ``k`` below 1, or beyond the columns of ``spot`` or the model's places.
             BackendError: as :meth:`check`.
         """
         self.check()
         batch = self._check(k_pages, v_pages, spot, first)
-        check_budget("k", k, 1, spot.rows.shape[1])
+        place = self.weights.place
+        check_budget("k", k, 1, spot.rows.shape[1] if place is None else min(spot.rows.shape[1], len(place)))
         for name, tensor, dtype in (("given", given, torch.int32), ("logits", logits, torch.float32)):
             if tensor is not None:
                 size = [batch, k] if name == "given" else [batch, k, self.codes]
