@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,5 +57,9 @@ def sample_prefix(cfg: BottleneckConfig, uniform: Tensor) -> Tensor:
 
     ``prefix="full"`` yields K for every number, which is exactly the Fixed-K baseline.
     """
-    edges = prefix_weights(cfg).cumsum(0)[:-1].to(uniform.device)
-    return torch.searchsorted(edges, uniform.double(), right=True)
+    return torch.searchsorted(_prefix_edges(cfg, uniform.device), uniform.double(), right=True)
+
+
+@lru_cache(maxsize=16)
+def _prefix_edges(cfg: BottleneckConfig, device: torch.device) -> Tensor:
+    return prefix_weights(cfg).cumsum(0)[:-1].to(device)

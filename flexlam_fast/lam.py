@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.bottleneck import Bottleneck
+from flexlam_fast.capture import GraphedFunction
 from flexlam_fast.checks import check_budget, check_tensor, describe
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.decoder import Decoder
@@ -39,6 +41,7 @@ class LatentActionModel(nn.Module):
         self.encoder = Encoder(cfg)
         self.bottleneck = Bottleneck(cfg.bottleneck, backend)
         self.decoder = Decoder(cfg)
+        self._graphs: tuple[tuple[int, ...], GraphedFunction] | None = None
 
     def pixels(self, name: str, frames: Tensor) -> Tensor:
         """Frames in either accepted form to fp32 pixels, or one sentence."""
@@ -101,7 +104,24 @@ class LatentActionModel(nn.Module):
         shape = [now.shape[0], self.cfg.bottleneck.slots, self.cfg.bottleneck.dim]
         check_tensor("latents", latents, shape, torch.float32)
         noise = torch.randn(now.shape, generator=generator, device=now.device)
+        return self._sampler(now.device)(noise, now, latents, steps)
+
+    def sample(self, noise: Tensor, now: Tensor, latents: Tensor, steps: int) -> Tensor:
+        """All Euler steps from ``noise``, uint8 ``[B, H, W, C]``; arguments as :meth:`decode` has checked them."""
         return to_uint8(euler(lambda x, tau: self.velocity(x, tau, now, latents), noise, steps))
+
+    def _sampler(self, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+        """:meth:`sample`, on a GPU as one CUDA graph for each batch size and number of steps."""
+        if device.type != "cuda":
+            return self.sample
+        places = tuple(p.data_ptr() for p in self.decoder.parameters())  # weights that have moved leave a graph behind
+        if self._graphs is None or self._graphs[0] != places:
+            self._graphs = places, GraphedFunction(self.sample, device)
+        return self._graphs[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs belong to the weights they were captured with: copies have none."""
+        return {**super().__getstate__(), "_graphs": None}
 
     def velocity(self, x: Tensor, tau: Tensor, now: Tensor, latents: Tensor) -> Tensor:
         """The flow's velocity ``[B, C, H, W]`` fp32 at ``x`` and time ``tau [B]``, whatever the decoder predicts."""
@@ -110,7 +130,15 @@ class LatentActionModel(nn.Module):
             return velocity_of(now.float() + out, x.float(), tau)
         return out
 
-    def loss(self, now: Tensor, following: Tensor, keep: Tensor, noise: Tensor, tau: Tensor) -> LamLoss:
+    def loss(
+        self,
+        now: Tensor,
+        following: Tensor,
+        keep: Tensor,
+        noise: Tensor,
+        tau: Tensor,
+        mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> LamLoss:
         """Rectified-flow loss of a batch (paper A.5) with everything random given by the caller.
 
         Args:
@@ -119,6 +147,7 @@ class LatentActionModel(nn.Module):
             keep: retained prefix lengths int64 ``[B]``.
             noise: standard normal, ``[B, C, H, W]``.
             tau: flow times ``[B]``.
+            mean: of a tensor over the processes that share a batch in equal parts, with its gradient; None: one alone.
         """
         z = self.encoder(now, following)
         quantized = self.bottleneck(z, keep)
@@ -126,9 +155,14 @@ class LatentActionModel(nn.Module):
         velocity = self.velocity(sample.x, sample.tau, now, quantized.latents)
         flow = (velocity - sample.target).square().mean()
         spread = self.cfg.bottleneck.spread
-        return LamLoss(flow + spread * spread_loss(z) if spread else flow, flow, quantized.codes)
+        return LamLoss(flow + spread * spread_loss(z, mean) if spread else flow, flow, quantized.codes)
 
 
-def spread_loss(z: Tensor) -> Tensor:
-    """How far the standard deviation over the batch of every channel of ``z [B, K, d]`` stays below 1, on average."""
-    return (1 - (z.float().var(0, unbiased=False) + 1e-6).sqrt()).clamp_min(0).mean()
+def spread_loss(z: Tensor, mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """How far the standard deviation over the batch of every channel of ``z [B, K, d]`` stays below 1, on average.
+
+    ``mean`` is that over the processes that share the batch, as in :meth:`LatentActionModel.loss`.
+    """
+    z = z.float()
+    variance = z.var(0, unbiased=False) if mean is None else mean((z - mean(z.mean(0))).square().mean(0))
+    return (1 - (variance + 1e-6).sqrt()).clamp_min(0).mean()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlam_fast.backend import choose
 from flexlam_fast.checks import check_finite, check_tensor
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops.attention import attention
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def normalise(frames: Tensor) -> Tensor:
@@ -122,6 +126,24 @@ def time_features(time: Tensor, width: int) -> Tensor:
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
     angle = 1000.0 * time.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def set_backend(model: M, name: str, device: torch.device) -> M:
+    """Have the ops of ``model``'s layers run by backend ``name`` where they have one of that name, and return it.
+
+    Args:
+        model: whose modules with an attribute ``backend`` are told.
+        name: as :func:`flexlam_fast.backend.choose` has it.
+        device: where the model is.
+
+    Raises:
+        BackendError: a backend that cannot run there.
+    """
+    chosen = choose(name, device).name
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            setattr(module, "backend", chosen)  # noqa: B010  # to a type checker it is a tensor or a module
+    return model
 
 
 def init_linear(module: nn.Module) -> None:

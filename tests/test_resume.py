@@ -23,7 +23,7 @@ from flexlam_fast.checkpoint import load_checkpoint
 from flexlam_fast.errors import CheckpointError
 from flexlam_fast.train import commands
 from flexlam_fast.train.commands import RunOptions
-from flexlam_fast.train.lam import LamStage
+from flexlam_fast.train.lam import LamBatch, LamStage
 from flexlam_fast.train.loop import Interrupted
 
 KILLS = 10
@@ -163,10 +163,12 @@ def test_sigterm_saves_and_the_same_command_resumes(
     rare = dataclasses.replace(options(data, tmp_path, "lam"), save_every=10_000)
     before, loss = signal.getsignal(signal.SIGTERM), LamStage.loss
 
-    def loss_then_sigterm(stage: LamStage, step: int) -> torch.Tensor:
-        if step == 4:
+    steps = iter(range(100))
+
+    def loss_then_sigterm(stage: LamStage, batch: LamBatch) -> torch.Tensor:
+        if next(steps) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(stage, step)
+        return loss(stage, batch)
 
     monkeypatch.setattr(LamStage, "loss", loss_then_sigterm)
     with pytest.raises(Interrupted, match="lam: told to end at step 5; the same command resumes"), one_thread():

@@ -10,7 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flexlam_fast.backend import find_device
 from flexlam_fast.checkpoint import load_checkpoint
@@ -23,6 +25,7 @@ from flexlam_fast.train.codes import encode_dataset, fingerprint
 from flexlam_fast.train.joint import JointModel, JointStage
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Stage, Trainer
+from flexlam_fast.train.peers import Peers, is_shared
 from flexlam_fast.train.recipes import COLLECTION, LABELS, RECIPES, Recipe
 from flexlam_fast.train.sequence import SequenceStage
 from flexlam_fast.train.translator import TranslatorStage, choose_labels
@@ -61,6 +64,10 @@ class RunOptions:
     """bf16 or fp32; auto is bf16 autocast where the device multiplies it in hardware."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
+    backend: str = "auto"
+    """Kernels of the steps: triton on a GPU, native (C++) on a CPU, reference (plain PyTorch); auto is the fastest."""
+    shard: bool = False
+    """Under torchrun: weights, gradients and optimiser in parts (FSDP2), not all of them in each process (DDP)."""
 
 
 def lam(options: RunOptions) -> None:
@@ -70,8 +77,9 @@ def lam(options: RunOptions) -> None:
         options: of the run.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "lam"), find_device(options.device)
-    _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device), recipe)
+    recipe, device = _recipe(options, "lam"), _device(options)
+    peers = Peers.join(device)
+    _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device, peers), recipe)
 
 
 def sequence(options: RunOptions, lam: Path | None = None) -> None:
@@ -82,11 +90,12 @@ def sequence(options: RunOptions, lam: Path | None = None) -> None:
         lam: a LAM checkpoint; left out, the run's own, from joint alignment where there is one.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "sequence"), find_device(options.device)
+    recipe, device = _recipe(options, "sequence"), _device(options)
+    peers = Peers.join(device)
     model = load_lam(lam or _own_lam(options.output)).to(device)
-    codes = encode_dataset(model, store, options.output / "codes", device)
+    codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
-    stage = SequenceStage(model.cfg, store, codes, recipe.batch, options.seed, device, source)
+    stage = SequenceStage(model.cfg, store, codes, recipe.batch, options.seed, device, source, peers)
     _train(options, stage, recipe)
 
 
@@ -102,12 +111,13 @@ def translator(
         lam: a LAM checkpoint; left out, the run's own.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "translator"), find_device(options.device)
+    recipe, device = _recipe(options, "translator"), _device(options)
+    peers = Peers.join(device)
     model = load_lam(lam or options.output / "lam" / "last").to(device)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
-    codes = encode_dataset(model, store, options.output / "codes", device)
+    codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
-    stage = TranslatorStage(model.cfg, store, model, codes, chosen, recipe.batch, options.seed, device, source)
+    stage = TranslatorStage(model.cfg, store, model, codes, chosen, recipe.batch, options.seed, device, source, peers)
     _train(options, stage, recipe)
 
 
@@ -126,7 +136,8 @@ def joint(
         weight: of the action loss beside the LAM's own.
     """
     store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "joint"), find_device(options.device)
+    recipe, device = _recipe(options, "joint"), _device(options)
+    peers = Peers.join(device)
     model = load_lam(options.output / "lam" / "last").requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -136,7 +147,7 @@ def joint(
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     source = fingerprint(model)
     both = JointModel(model, head)
-    stage = JointStage(model.cfg, store, both, chosen, recipe.batch, options.seed, device, source, weight)
+    stage = JointStage(model.cfg, store, both, chosen, recipe.batch, options.seed, device, source, weight, peers)
     _train(options, stage, recipe)
 
 
@@ -161,15 +172,13 @@ def all_stages(
     if export_dtype not in DTYPES:
         raise InputError(f"export_dtype: expected one of {', '.join(DTYPES)}, got {export_dtype!r}")
     _config(options)
-    if not options.data.exists():
-        from flexlam_fast.data.collect import collect
-
-        collect(options.data, tuple(COLLECTION), steps=tuple(COLLECTION.values()), seed=options.seed)
+    peers = Peers.join(_device(options))
+    peers.first(lambda: _collect_missing(options))
     lam(options)
     align = joint if with_joint else translator
     align(options, labels, labels_from)
     sequence(options)
-    export(options.output, DTYPES[export_dtype])
+    peers.first(lambda: export(options.output, DTYPES[export_dtype]))
 
 
 def export(run: Path, dtype: torch.dtype = torch.float16) -> Policy:
@@ -217,18 +226,47 @@ def _own_lam(run: Path) -> Path:
     return run / "joint" / "best" if (run / "joint" / "best").exists() else run / "lam" / "last"
 
 
+def _device(options: RunOptions) -> torch.device:
+    """The device of this process: of those that ``torchrun`` started on a machine, each takes a GPU of its own."""
+    name = options.device
+    if name in ("auto", "cuda") and torch.cuda.is_available() and is_shared():
+        name = f"cuda:{torch.distributed.get_node_local_rank()}"
+    return find_device(name)
+
+
+def _collect_missing(options: RunOptions) -> None:
+    if not options.data.exists():
+        from flexlam_fast.data.collect import collect
+
+        collect(options.data, tuple(COLLECTION), steps=tuple(COLLECTION.values()), seed=options.seed)
+
+
+def _encode(
+    options: RunOptions, model: LatentActionModel, store: EpisodeStore, device: torch.device, peers: Peers
+) -> NDArray[np.int32]:
+    """The codes of the data, encoded by the first process where they are not there yet."""
+    folder = options.output / "codes"
+    peers.first(lambda: encode_dataset(model, store, folder, device))
+    return encode_dataset(model, store, folder, device)
+
+
 def _train(options: RunOptions, stage: Stage, recipe: Recipe) -> None:
     folder = options.output / stage.name
     trainer = Trainer(
         stage,
         recipe,
         folder,
-        device=find_device(options.device),
+        device=stage.device,
         precision=options.precision,
         tensorboard=options.tensorboard,
+        shard=options.shard,
+        backend=options.backend,
     )
+    if trainer.writes:
+        print(trainer.describe(), flush=True)
     done = trainer.run()
-    print(f"{folder}: {done.step} steps, best validation loss {done.best:.4f}")
+    if trainer.writes:
+        print(f"{folder}: {done.step} steps, best validation loss {done.best:.4f}")
 
 
 def _config(options: RunOptions) -> FlexLAMConfig:

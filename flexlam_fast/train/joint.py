@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,20 @@ from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.layers import normalise
+from flexlam_fast.ops.draws import draw_uniform
 from flexlam_fast.train.health import CodebookHealth
-from flexlam_fast.train.lam import lam_loss, transitions
-from flexlam_fast.train.random import generator, pick, uniform
-from flexlam_fast.train.translator import VALIDATION_LABELS, action_targets, check_actions, choose_labels
-from flexlam_fast.translator import Translator, encode_actions, translator_loss
+from flexlam_fast.train.lam import LamBatch, LamKeys, lam_batch, lam_loss, transitions
+from flexlam_fast.train.loader import to_device
+from flexlam_fast.train.peers import ALONE, Peers
+from flexlam_fast.train.random import draw_key, picks
+from flexlam_fast.train.translator import (
+    VALIDATION_LABELS,
+    action_targets,
+    check_actions,
+    choose_labels,
+    translate_labels,
+)
+from flexlam_fast.translator import Translator
 
 
 class JointModel(nn.Module):
@@ -29,6 +38,16 @@ class JointModel(nn.Module):
         super().__init__()
         self.lam = lam
         self.translator = translator
+
+
+class JointBatch(NamedTuple):
+    """Transitions as in ``LamBatch``, then labelled ones: frames uint8 ``[2, B, H, W, C]`` and their actions."""
+
+    frames: Tensor
+    streams: Tensor
+    labelled: Tensor
+    action: Tensor
+    before: Tensor
 
 
 class JointStage:
@@ -50,42 +69,55 @@ class JointStage:
         device: torch.device,
         source: str = "",
         weight: float = 1.0,
+        peers: Peers = ALONE,
     ) -> None:
         check_actions(cfg, store)
-        self.cfg, self.store, self.labelled = cfg, store, labelled
+        self.cfg, self.store, self.labelled, self.peers = cfg, store, labelled, peers
         self.batch, self.seed, self.device, self.source, self.weight = batch, seed, device, source, weight
         self.train = transitions(store, "train", cfg)
         held_out = len(store.transitions("test"))
         self.test = choose_labels(store, "test", float(min(VALIDATION_LABELS, held_out)), seed)
         self.model = model.to(device)
-        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size)
-        self.action_loss = 0.0
+        self.keys, self.label_key = LamKeys.of(seed, self.name, device), draw_key(seed, "joint-labels", device=device)
+        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size, device)
+        self.action_loss = torch.zeros((), device=device)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of one step: LAM loss plus ``weight`` times action loss."""
-        out = lam_loss(self.model.lam, self.store, self.train, self.batch, self.device, (self.seed, "joint", step))
+    def read(self, step: int) -> JointBatch:
+        """This process's share of a step's batch, on the host."""
+        samples = self.peers.share(self.batch)
+        free = lam_batch(self.store, self.train, (self.seed, self.name, step), samples, self.batch)
+        index = self.labelled[picks(len(self.labelled), self.seed, "joint-labels", step, samples)]
+        return self._labelled(index, free)
+
+    def loss(self, batch: JointBatch) -> Tensor:
+        """The loss of a batch on the device: LAM loss plus ``weight`` times action loss."""
+        out = lam_loss(self.model.lam, LamBatch(batch.frames, batch.streams), self.keys, self.peers)
         self.health.update(out.codes)
-        generators = [generator(self.seed, "joint-labels", step, sample) for sample in range(self.batch)]
-        index = self.labelled[[pick(len(self.labelled), g) for g in generators]]
-        keep = sample_prefix(self.cfg.bottleneck, torch.stack([uniform(g) for g in generators]))
-        action, _ = self._translate(index, self._encode(index), keep)
-        self.action_loss = float(action.detach())
+        keep = sample_prefix(self.cfg.bottleneck, draw_uniform(self.label_key, batch.streams))
+        action, _ = self._translate(batch, self._encode(batch), keep)
+        self.action_loss.copy_(action.detach())
         return out.loss + self.weight * action
+
+    def tallies(self) -> Sequence[Tensor]:
+        """What :meth:`loss` counts on the device."""
+        return self.health.counts, self.action_loss
 
     def report(self) -> Mapping[str, Any]:
         """The newest action loss, and codebook health since the last report."""
-        return {"action_loss": self.action_loss, **self.health.report()}
+        newest = float(self.peers.mean(self.action_loss))
+        return {"action_loss": newest, **self.health.report(self.peers.total)}
 
     def validate(self) -> Mapping[str, float]:
         """Translator loss on held-out transitions over a ladder of budgets, and the accuracy at each."""
         ladder = self.cfg.bottleneck.ladder
         right, total = dict.fromkeys(ladder, 0), 0.0
         for rows in np.array_split(self.test, max(1, len(self.test) // 256)):
-            z = self._encode(rows)
+            batch = to_device(self._labelled(rows, LamBatch(torch.empty(0), torch.empty(0))), self.device)
+            z = self._encode(batch)
             for k in ladder:
-                loss, hits = self._translate(rows, z, torch.full((len(rows),), k))
+                loss, hits = self._translate(batch, z, torch.full((len(rows),), k, device=self.device))
                 total += float(loss) * len(rows) / len(self.test) / len(ladder)
-                right[k] += hits
+                right[k] += int(hits)
         return {"val/loss": total, **{f"val/accuracy_k{k}": n / len(self.test) for k, n in right.items()}}
 
     def identity(self) -> Mapping[str, Any]:
@@ -94,15 +126,16 @@ class JointStage:
         base = {"data": self.store.fingerprint, "source": self.source, "seed": self.seed, "batch": self.batch}
         return {**base, "labels": chosen, "weight": self.weight}
 
-    def _encode(self, index: NDArray[np.int64]) -> Tensor:
-        """Slot outputs ``[B, K, d]`` of the transitions, before FSQ."""
-        now, following = normalise(torch.from_numpy(self.store.take(np.stack([index, index + 1]))).to(self.device))
-        z: Tensor = self.model.lam.encoder(now, following)
+    def _labelled(self, index: NDArray[np.int64], free: LamBatch) -> JointBatch:
+        now, before = action_targets(self.store, index)
+        frames = torch.from_numpy(self.store.take(np.stack([index, index + 1])))
+        return JointBatch(*free, frames, now.discrete, before.discrete)
+
+    def _encode(self, batch: JointBatch) -> Tensor:
+        """Slot outputs ``[B, K, d]`` of the labelled transitions, before FSQ."""
+        z: Tensor = self.model.lam.encoder(*normalise(batch.labelled))
         return z
 
-    def _translate(self, index: NDArray[np.int64], z: Tensor, keep: Tensor) -> tuple[Tensor, int]:
-        latents = self.model.lam.bottleneck(z, keep.to(self.device)).latents
-        target, before = (type(a)(*(part.to(self.device) for part in a)) for a in action_targets(self.store, index))
-        out = self.model.translator(latents, encode_actions(before, self.cfg.translator))
-        right = int((out.logits[0].argmax(-1) == target.discrete[:, 0]).sum())
-        return translator_loss(out, target), right
+    def _translate(self, batch: JointBatch, z: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.model.lam.bottleneck(z, keep).latents
+        return translate_labels(self.model.translator, latents, batch.action, batch.before, self.cfg)

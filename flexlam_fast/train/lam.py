@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,31 @@ from flexlam_fast.errors import DataError
 from flexlam_fast.flow import logit_normal
 from flexlam_fast.lam import LamLoss, LatentActionModel
 from flexlam_fast.layers import normalise
+from flexlam_fast.ops.draws import draw_normal, draw_uniform
 from flexlam_fast.train.health import CodebookHealth
-from flexlam_fast.train.random import generator, pick, uniform
+from flexlam_fast.train.loader import to_device
+from flexlam_fast.train.peers import ALONE, Peers
+from flexlam_fast.train.random import draw_key, picks, streams
+
+
+class LamBatch(NamedTuple):
+    """``frames`` uint8 ``[2, B, H, W, C]``, o_t and o_{t+1}; ``streams`` int64 ``[B]``, what is drawn for whom."""
+
+    frames: Tensor
+    streams: Tensor
+
+
+class LamKeys(NamedTuple):
+    """Philox keys, int64 ``[2]`` on the device, of prefix lengths, flow times and noise."""
+
+    keep: Tensor
+    tau: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, seed: int, stage: str, device: torch.device) -> LamKeys:
+        """The keys of a stage."""
+        return cls(*(draw_key(seed, stage, name, device=device) for name in cls._fields))
 
 
 class LamStage:
@@ -26,31 +49,49 @@ class LamStage:
 
     name = "lam"
 
-    def __init__(self, cfg: FlexLAMConfig, store: EpisodeStore, batch: int, seed: int, device: torch.device) -> None:
-        self.cfg, self.store, self.batch, self.seed, self.device = cfg, store, batch, seed, device
+    def __init__(
+        self,
+        cfg: FlexLAMConfig,
+        store: EpisodeStore,
+        batch: int,
+        seed: int,
+        device: torch.device,
+        peers: Peers = ALONE,
+    ) -> None:
+        self.cfg, self.store, self.batch, self.seed, self.device, self.peers = cfg, store, batch, seed, device, peers
         self.train = transitions(store, "train", cfg)
         self.test = transitions(store, "test", cfg)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = LatentActionModel(cfg, "reference").to(device)
-        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size)
+        self.keys, self.test_keys = (LamKeys.of(seed, name, device) for name in (self.name, "lam-test"))
+        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size, device)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of one step."""
-        out = lam_loss(self.model, self.store, self.train, self.batch, self.device, (self.seed, self.name, step))
+    def read(self, step: int) -> LamBatch:
+        """This process's share of a step's batch, on the host."""
+        samples = self.peers.share(self.batch)
+        return lam_batch(self.store, self.train, (self.seed, self.name, step), samples, self.batch)
+
+    def loss(self, batch: LamBatch) -> Tensor:
+        """The loss of a batch on the device."""
+        out = lam_loss(self.model, batch, self.keys, self.peers)
         self.health.update(out.codes)
         return out.loss
 
+    def tallies(self) -> Sequence[Tensor]:
+        """What :meth:`loss` counts on the device."""
+        return (self.health.counts,)
+
     def report(self) -> Mapping[str, Any]:
         """Codebook health since the last report."""
-        return self.health.report()
+        return self.health.report(self.peers.total)
 
     def validate(self) -> Mapping[str, float]:
         """Loss on held-out transitions, with the same prefixes, times and noise at every validation."""
         total = 0.0
         for i in range(8):
-            out = lam_loss(self.model, self.store, self.test, self.batch, self.device, (self.seed, "lam-test", i))
-            total += float(out.flow)
+            batch = lam_batch(self.store, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
+            total += float(lam_loss(self.model, to_device(batch, self.device), self.test_keys).flow)
         return {"val/loss": total / 8}
 
     def identity(self) -> Mapping[str, Any]:
@@ -73,26 +114,19 @@ def transitions(store: EpisodeStore, split: str, cfg: FlexLAMConfig) -> NDArray[
     return found
 
 
-def lam_loss(
-    model: LatentActionModel,
-    store: EpisodeStore,
-    pool: NDArray[np.int64],
-    batch: int,
-    device: torch.device,
-    where: tuple[int, str, int],
-) -> LamLoss:
-    """Draw one batch at ``where`` = (seed, stage, step) from ``pool``, and its loss."""
-    size, channels = model.cfg.frame, model.cfg.channels
-    chosen, shares, times, noise = [], [], [], []
-    for sample in range(batch):
-        g = generator(*where, sample)
-        chosen.append(pool[pick(len(pool), g)])
-        shares.append(uniform(g))
-        times.append(torch.randn((), generator=g))
-        noise.append(torch.randn((channels, size, size), generator=g))
-    index = np.asarray(chosen, dtype=np.int64)
-    frames = torch.from_numpy(store.take(np.stack([index, index + 1]))).to(device)
-    now, following = normalise(frames)
-    keep = sample_prefix(model.cfg.bottleneck, torch.stack(shares)).to(device)
-    tau = logit_normal(torch.stack(times), model.cfg.decoder.tau_mean).to(device)
-    return model.loss(now, following, keep, torch.stack(noise).to(device), tau)
+def lam_batch(
+    store: EpisodeStore, pool: NDArray[np.int64], where: tuple[int, str, int], samples: range, batch: int
+) -> LamBatch:
+    """Draw ``samples`` of the batch at ``where`` = (seed, stage, step) from ``pool``; ``batch`` is its whole size."""
+    index = pool[picks(len(pool), *where, samples)]
+    return LamBatch(torch.from_numpy(store.take(np.stack([index, index + 1]))), streams(where[2], samples, batch))
+
+
+def lam_loss(model: LatentActionModel, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
+    """The loss of a batch on the device, with prefixes, times and noise drawn there."""
+    cfg = model.cfg
+    now, following = normalise(batch.frames)
+    keep = sample_prefix(cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
+    tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], cfg.decoder.tau_mean)
+    noise = draw_normal(keys.noise, batch.streams, now[0].numel()).view_as(now)
+    return model.loss(now, following, keep, noise, tau, peers.mean)

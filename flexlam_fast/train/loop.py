@@ -6,9 +6,10 @@ A run directory holds ``last`` (checkpoint to resume from), ``best`` (lowest val
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flexlam_fast.backend import AUTO, choose
 from flexlam_fast.checkpoint import load_checkpoint, match_tensors, recover_checkpoint, save_checkpoint
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.errors import CheckpointError, FlexLAMError
+from flexlam_fast.layers import set_backend
+from flexlam_fast.train.loader import Loader
 from flexlam_fast.train.metrics import MetricsLog
+from flexlam_fast.train.peers import LostPeer, Peers, is_loss_of_peer, whole
 from flexlam_fast.train.recipes import Recipe
+from flexlam_fast.train.step import GraphedStep, Step
 
 TRAINER = "trainer.json"
 
@@ -31,17 +37,25 @@ class Interrupted(FlexLAMError, RuntimeError):
 
 
 class Stage(Protocol):
-    """What one stage of training provides; everything random in it is a function of (seed, step)."""
+    """What one stage of training provides; everything random in it is a function of (seed, step, sample)."""
 
     name: str
     cfg: FlexLAMConfig
+    device: torch.device
+    peers: Peers
 
     @property
     def model(self) -> nn.Module:
         """What is trained and saved."""
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of a step's batch."""
+    def read(self, step: int) -> Any:
+        """This process's share of a step's batch: a named tuple of host tensors and what else it takes."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch on the device; reads nothing back from it."""
+
+    def tallies(self) -> Sequence[Tensor]:
+        """What :meth:`loss` counts on the device."""
 
     def report(self) -> Mapping[str, Any]:
         """What to log beside the loss, since the last report."""
@@ -51,6 +65,18 @@ class Stage(Protocol):
 
     def identity(self) -> Mapping[str, Any]:
         """What a resumed run must have in common with the one it resumes (data, frozen parts, seed)."""
+
+
+class Forward(nn.Module):
+    """A stage as a module whose forward is its loss, which is how torch's engines for many processes take it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.model, self.stage = stage.model, stage
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss of a batch."""
+        return self.stage.loss(batch)
 
 
 class Progress(NamedTuple):
@@ -70,7 +96,10 @@ def wants_bf16(device: torch.device, precision: str) -> bool:
 
 
 class Trainer:
-    """Trains one stage to the end of its recipe, resuming where ``directory/last`` stands."""
+    """Trains one stage to the end of its recipe, resuming where ``directory/last`` stands.
+
+    Of processes that train together, the first one writes; all of them return, or raise, at the same step.
+    """
 
     def __init__(
         self,
@@ -81,79 +110,125 @@ class Trainer:
         device: torch.device,
         precision: str = "auto",
         tensorboard: bool = False,
+        shard: bool = False,
+        backend: str = AUTO,
     ) -> None:
         self.stage, self.recipe, self.directory, self.device = stage, recipe, directory, device
+        self.peers, self.writes = stage.peers, stage.peers.rank == 0
         self.bf16 = wants_bf16(device, precision)
-        self.parameters = {n: p for n, p in stage.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            _groups(self.parameters, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.95), fused=True
-        )
-        self.progress = Progress(0, float("inf"))
-        self.stopped = False
+        self.backend = choose(backend, device)
+        set_backend(stage.model, self.backend.name, device)
+        self.progress, self.stopped = Progress(0, float("inf")), False
         directory.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        self.log = MetricsLog(directory, self.progress.step, tensorboard)
+        moments = self._resume()
+        self.shard, self.forward = shard, self.peers.together(Forward(stage), device, shard)
+        self.parameters = {n: p for n, p in stage.model.named_parameters() if p.requires_grad}
+        args = self.forward, self.parameters, recipe, device, self.bf16
+        graphed = device.type == "cuda" and self.peers.size == 1
+        self.step = GraphedStep(*args, tallies=stage.tallies) if graphed else Step(*args)
+        for key, value in moments.items():
+            name, _, moment = key.rpartition("|")
+            self.step.restore(self.parameters[name], moment, value)
+        self.log = MetricsLog(directory, self.progress.step, tensorboard) if self.writes else None
+
+    def describe(self) -> str:
+        """One line: where and how the steps run."""
+        precision = "bf16 autocast" if self.bf16 else "fp32"
+        if isinstance(self.step, GraphedStep):
+            graphs = "each step one CUDA graph"
+        else:
+            graphs = "no CUDA graphs: " + ("a CPU" if self.device.type == "cpu" else "more than one process")
+        held = "weights in parts (FSDP2)" if self.shard else "weights in each (DDP)"
+        shared = f", batch shared by {self.peers.size} processes, {held}" if self.peers.size > 1 else ""
+        return f"{self.stage.name}: {self.device}, {precision}, backend {self.backend.name}, {graphs}{shared}"
 
     def run(self) -> Progress:
         """Train to the end; returns at once when there is nothing left to do.
 
         Raises:
             Interrupted: after SIGTERM, with the state saved.
+            LostPeer: another process of the run is gone; what was saved last stands.
             FlexLAMError: if the loss is no longer a finite number; nothing is saved then.
         """
         previous = signal.signal(signal.SIGTERM, self._stop)
         try:
             self._run()
+        except RuntimeError as error:
+            if self.peers.size == 1 or not is_loss_of_peer(error):
+                raise
+            at = self.progress.step
+            raise LostPeer(
+                f"{self.stage.name}: lost another process in step {at}; the same command resumes from {self.directory}"
+            ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
         return self.progress
 
     def _run(self) -> None:
         recipe, first = self.recipe, self.progress.step
-        started, running = time.monotonic(), 0.0
+        started, running = time.monotonic(), float("nan")
         self.stage.model.train()
-        with tqdm(total=recipe.steps, initial=first, desc=self.stage.name, unit="step", dynamic_ncols=True) as bar:
-            for step in range(first, recipe.steps):
-                loss = self._step(step)
-                running = loss if step == first else 0.95 * running + 0.05 * loss
+        bar = tqdm(
+            total=recipe.steps,
+            initial=first,
+            desc=self.stage.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.writes,
+        )
+        with bar, Loader(self.stage.read, range(first, recipe.steps), self.device) as batches:
+            for step, batch in zip(range(first, recipe.steps), batches, strict=True):
+                loss = self.step(batch, recipe.rate(step))
                 done = step + 1
                 last = done == recipe.steps
-                if done % recipe.log_every == 0 or last:
+                logs, validates, saves = (
+                    last or done % every == 0 for every in (recipe.log_every, recipe.validate_every, recipe.save_every)
+                )
+                looks = logs or validates or saves or self.device.type == "cpu"
+                if looks:
+                    value, stopped = self._look(loss, first)
+                    running = value if math.isnan(running) else 0.95 * running + 0.05 * value
+                if logs:
                     rate = (done - first) / (time.monotonic() - started)
-                    head = {"loss": loss, "lr": recipe.rate(step), "steps_per_s": round(rate, 3)}
-                    self.log.write(done, {**head, **self.stage.report()})
+                    head = {"loss": value, "lr": recipe.rate(step), "steps_per_s": round(rate, 3)}
+                    self._write(done, {**head, **self.stage.report()})
                     bar.set_postfix(loss=f"{running:.4f}", refresh=False)
                 best = self.progress.best
-                if done % recipe.validate_every == 0 or last:
+                if validates:
                     best = self._validate(done, best)
                 self.progress = Progress(done, best)
-                if done % recipe.save_every == 0 or last or self.stopped:
+                if saves or (looks and stopped):
                     self.save("last")
                 bar.update()
-                if self.stopped and not last:
+                if looks and stopped and not last:
                     raise Interrupted(f"{self.stage.name}: told to end at step {done}; the same command resumes")
 
-    def _step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(step)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.stage.loss(step)
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            raise FlexLAMError(f"{self.stage.name}: expected a finite loss, got {value} at step {step}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
-        self.optimizer.step()
-        return value
+    def _look(self, loss: Tensor, first: int) -> tuple[float, bool]:
+        """The loss over all processes, and whether one of them was told to end, after checking that all is finite."""
+        seen = torch.stack([loss.float(), loss.new_tensor(float(self.stopped))])
+        value, stopped = self.peers.mean(seen).tolist()
+        if not math.isfinite(value):
+            bad = int(self.step.first_bad)
+            where = f"at step {first + bad}" if bad >= 0 else "in another process"
+            raise FlexLAMError(f"{self.stage.name}: expected a finite loss, got {value} {where}")
+        return value, stopped > 0
+
+    def _write(self, done: int, metrics: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(done, metrics)
 
     def _validate(self, done: int, best: float) -> float:
         self.stage.model.eval()
+        if self.shard:
+            self.forward.unshard()  # type: ignore[operator]  # the model is asked without its wrapper
         with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             metrics = self.stage.validate()
+        if self.shard:
+            self.forward.reshard()  # type: ignore[operator]
         self.stage.model.train()
-        self.log.write(done, metrics)
+        self._write(done, metrics)
         if metrics["val/loss"] < best:
             best = metrics["val/loss"]
             self.progress = Progress(done, best)
@@ -162,24 +237,30 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Write weights, optimiser and progress to ``directory/name``, in one step that a kill cannot split."""
+        weights = {n: whole(t) for n, t in self.stage.model.state_dict().items()}
         named = {id(p): n for n, p in self.parameters.items()}
-        moments = {f"{named[id(p)]}|{k}": v for p, state in self.optimizer.state.items() for k, v in state.items()}
-        save_checkpoint(
-            self.directory / name,
-            dict(self.stage.model.state_dict()),
-            self.stage.cfg.to_json(),
-            extra_tensors={"optimizer": moments} if name == "last" else {},
-            extra_text={TRAINER: json.dumps({**self._identity(), **self.progress._asdict()}, sort_keys=True)},
+        states = self.step.optimizer.state.items() if name == "last" else ()
+        moments = {f"{named[id(p)]}|{k}": whole(v) for p, state in states for k, v in state.items()}
+        notes = json.dumps({**self._identity(), **self.progress._asdict()}, sort_keys=True)
+        self.peers.first(
+            lambda: save_checkpoint(
+                self.directory / name,
+                weights,
+                self.stage.cfg.to_json(),
+                extra_tensors={"optimizer": moments} if name == "last" else {},
+                extra_text={TRAINER: notes},
+            )
         )
 
     def _identity(self) -> dict[str, Any]:
         return {"stage": self.stage.name, **self.stage.identity()}
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Tensor]:
+        """Take the weights and the progress of ``last`` where there is one; return what the optimiser kept."""
         last = self.directory / "last"
-        recover_checkpoint(last)
+        self.peers.first(lambda: recover_checkpoint(last))
         if not last.exists():
-            return
+            return {}
         found = load_checkpoint(last)
         notes = json.loads(found.extra_text[TRAINER])
         ours = {**self._identity(), "config": self.stage.cfg}
@@ -192,22 +273,11 @@ class Trainer:
         state = dict(self.stage.model.state_dict())
         match_tensors(str(last / "model.safetensors"), state, found.tensors)
         self.stage.model.load_state_dict(found.tensors)
-        for key, value in found.extra_tensors["optimizer"].items():
-            name, _, moment = key.rpartition("|")
-            parameter = self.parameters[name]
-            place = parameter.device if moment != "step" else torch.device("cpu")
-            self.optimizer.state[parameter][moment] = value.to(place)
         self.progress = Progress(notes["step"], notes["best"])
+        return dict(found.extra_tensors["optimizer"])
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
-
-
-def _groups(parameters: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only, as is usual for transformers."""
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    others = [p for p in parameters.values() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _short(value: object) -> str:

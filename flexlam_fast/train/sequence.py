@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,9 @@ from flexlam_fast.layers import normalise
 from flexlam_fast.sequence.layout import CODES, OBSERVATION, Layout, history_layout
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.train.health import CodebookHealth
-from flexlam_fast.train.random import generator, pick
+from flexlam_fast.train.loader import to_device
+from flexlam_fast.train.peers import ALONE, Peers
+from flexlam_fast.train.random import picks
 
 IGNORE = -100
 
@@ -50,6 +52,44 @@ def windows(store: EpisodeStore, split: str, stride: int) -> tuple[Windows, ...]
     return found
 
 
+class SequenceBatch(NamedTuple):
+    """Windows that share a phase on the stride grid.
+
+    frames: uint8 ``[B, T, H, W, C]``; codes: int64 ``[B, T, K]``; inside: bool ``[B, T]``, False past an episode's end;
+    phase: of all windows.
+    """
+
+    frames: Tensor
+    codes: Tensor
+    inside: Tensor
+    phase: int
+
+
+class Predictions(NamedTuple):
+    """Logits ``[B, M, C]``, targets int64 ``[B, M]`` (IGNORE where there is none), and the layout they belong to."""
+
+    logits: Tensor
+    target: Tensor
+    layout: Layout
+
+    def loss(self, count: Tensor | None = None) -> Tensor:
+        """Cross-entropy over all targets, divided by ``count`` (None: how many there are)."""
+        flat = self.logits.flatten(0, 1), self.target.flatten()
+        if count is None:
+            return F.cross_entropy(*flat, ignore_index=IGNORE)
+        return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
+
+    def first(self) -> Predictions:
+        """Those of first codes alone."""
+        here = self.layout.slot == 0
+        return Predictions(self.logits[:, here], self.target[:, here], self.layout)
+
+    def right(self) -> tuple[Tensor, Tensor]:
+        """How many targets are the likeliest code, and how many there are."""
+        seen = self.target != IGNORE
+        return ((self.logits.detach().argmax(-1) == self.target) & seen).sum(), seen.sum()
+
+
 class SequenceStage:
     """Next-code cross-entropy over windows; every sample of a step shares its phase, so that one mask serves all."""
 
@@ -64,8 +104,9 @@ class SequenceStage:
         seed: int,
         device: torch.device,
         source: str = "",
+        peers: Peers = ALONE,
     ) -> None:
-        self.cfg, self.store, self.codes = cfg, store, codes
+        self.cfg, self.store, self.codes, self.peers = cfg, store, codes, peers
         self.batch, self.seed, self.device, self.source = batch, seed, device, source
         stride, window = cfg.sequence.stride, cfg.sequence.window
         self.train, self.test = windows(store, "train", stride), windows(store, "test", stride)
@@ -73,60 +114,67 @@ class SequenceStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = SequenceModel(cfg).to(device)
-        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size)
-        self.right = self.seen = 0
+        self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size, device)
+        self.hits = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of one step."""
-        logits, target, slot = self._predict(self.train, (self.seed, self.name, step))
-        first = (slot == 0) & (target != IGNORE)
-        self.right += int((logits.detach()[first].argmax(-1) == target[first]).sum())
-        self.seen += int(first.sum())
-        return F.cross_entropy(logits, target, ignore_index=IGNORE)
+    def read(self, step: int) -> SequenceBatch:
+        """This process's share of a step's batch, on the host."""
+        phase = int(picks(len(self.train), self.seed, "sequence-phase", step, range(1))[0])
+        return self._windows(self.train[phase], (self.seed, self.name, step), self.peers.share(self.batch), phase)
+
+    def loss(self, batch: SequenceBatch) -> Tensor:
+        """The loss of a batch on the device."""
+        found = self.predict(batch)
+        right, seen = found.first().right()
+        self.hits += torch.stack([right, seen])
+        self.health.update(batch.codes.flatten(0, 1))
+        return found.loss(self.peers.mean((found.target != IGNORE).sum().float()))
+
+    def tallies(self) -> Sequence[Tensor]:
+        """What :meth:`loss` counts on the device."""
+        return self.health.counts, self.hits
 
     def report(self) -> Mapping[str, Any]:
         """Share of first codes predicted right, and codebook health, since the last report."""
-        share = self.right / max(1, self.seen)
-        self.right = self.seen = 0
-        return {"first_code_accuracy": share, **self.health.report()}
+        right, seen = self.peers.total(self.hits).tolist()
+        self.hits.zero_()
+        return {"first_code_accuracy": right / max(1, seen), **self.health.report(self.peers.total)}
 
     def validate(self) -> Mapping[str, float]:
         """Loss on held-out windows, in all and of the first code, and how often the first code is right."""
-        total = first_total = right = 0.0
+        total = first_total = share = 0.0
         rounds = 2 * len(self.layouts)
         for i in range(rounds):
-            logits, target, slot = self._predict(self.test, (self.seed, "sequence-test", i), i % len(self.layouts))
-            first = (slot == 0) & (target != IGNORE)
-            total += float(F.cross_entropy(logits, target, ignore_index=IGNORE))
-            first_total += float(F.cross_entropy(logits[first], target[first]))
-            right += float((logits[first].argmax(-1) == target[first]).float().mean())
-        self.health.report()
+            phase = i % len(self.layouts)
+            batch = self._windows(self.test[phase], (self.seed, "sequence-test", i), range(self.batch), phase)
+            found = self.predict(to_device(batch, self.device))
+            first = found.first()
+            right, seen = first.right()
+            total, first_total = total + float(found.loss()), first_total + float(first.loss())
+            share += float(right) / float(seen)
         names = ("val/loss", "val/first_code_loss", "val/first_code_accuracy")
-        return dict(zip(names, (total / rounds, first_total / rounds, right / rounds), strict=True))
+        return dict(zip(names, (total / rounds, first_total / rounds, share / rounds), strict=True))
 
     def identity(self) -> Mapping[str, Any]:
         """Data, the LAM whose codes these are, seed and batch."""
         return {"data": self.store.fingerprint, "lam": self.source, "seed": self.seed, "batch": self.batch}
 
-    def _predict(
-        self, pool: tuple[Windows, ...], where: tuple[int, str, int], phase: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[B * M, C]``, targets and slots ``[B * M]`` of one batch."""
-        if phase is None:
-            phase = pick(len(pool), generator(*where, "phase"))
-        layout = self.layouts[phase]
-        chosen = [pick(len(pool[phase].start), generator(*where, sample)) for sample in range(self.batch)]
-        start, last = pool[phase].start[chosen], pool[phase].last[chosen]
+    def predict(self, batch: SequenceBatch) -> Predictions:
+        """What the model says about a batch on the device."""
+        layout = self.layouts[batch.phase]
+        tokens = embed(self.model, layout, normalise(batch.frames), batch.codes)
+        hidden = self.model(tokens, layout.positions, layout.mask)
+        target = batch.codes[:, layout.frame, layout.slot].masked_fill(~batch.inside[:, layout.frame], IGNORE)
+        return Predictions(self.model.logits(hidden[:, layout.source]), target, layout)
+
+    def _windows(self, pool: Windows, where: tuple[int, str, int], samples: range, phase: int) -> SequenceBatch:
+        chosen = picks(len(pool.start), *where, samples)
+        start, last = pool.start[chosen], pool.last[chosen]
         index = start[:, None] + np.arange(self.cfg.sequence.window)
-        inside = torch.from_numpy(index <= last[:, None]).to(self.device)
+        inside = torch.from_numpy(index <= last[:, None])
         index = np.minimum(index, last[:, None])
-        frames = normalise(torch.from_numpy(self.store.take(index)).to(self.device))
-        codes = torch.from_numpy(np.asarray(self.codes[index])).long().to(self.device)
-        self.health.update(codes.flatten(0, 1))
-        hidden = self.model(embed(self.model, layout, frames, codes), layout.positions, layout.mask)
-        target = codes[:, layout.frame, layout.slot].masked_fill(~inside[:, layout.frame], IGNORE)
-        logits = self.model.logits(hidden[:, layout.source])
-        return logits.flatten(0, 1), target.flatten(), layout.slot.repeat(len(index))
+        codes = torch.from_numpy(np.asarray(self.codes[index])).long()
+        return SequenceBatch(torch.from_numpy(self.store.take(index)), codes, inside, phase)
 
 
 def embed(model: SequenceModel, layout: Layout, pixels: Tensor, codes: Tensor) -> Tensor:

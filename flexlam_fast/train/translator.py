@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import DataError, InputError
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.train.random import generator, pick, uniform
-from flexlam_fast.translator import Translator, encode_actions, translator_loss
+from flexlam_fast.ops.draws import draw_uniform
+from flexlam_fast.train.loader import to_device
+from flexlam_fast.train.peers import ALONE, Peers
+from flexlam_fast.train.random import draw_key, picks, streams
+from flexlam_fast.translator import Translator, one_hot_actions, translator_loss
 from flexlam_fast.types import Actions
 
 VALIDATION_LABELS = 2048
@@ -66,6 +69,15 @@ def action_targets(store: EpisodeStore, index: NDArray[np.int64]) -> tuple[Actio
     return Actions(now, empty), Actions(before, empty)
 
 
+class TranslatorBatch(NamedTuple):
+    """``codes`` int32 ``[B, K]``; ``action``, ``before`` int64 ``[B, 1]``; ``streams`` int64 ``[B]``."""
+
+    codes: Tensor
+    action: Tensor
+    before: Tensor
+    streams: Tensor
+
+
 class TranslatorStage:
     """Cross-entropy of the true action given null-filled latents, under the prefix distribution of the LAM."""
 
@@ -82,39 +94,50 @@ class TranslatorStage:
         seed: int,
         device: torch.device,
         source: str = "",
+        peers: Peers = ALONE,
     ) -> None:
         check_actions(cfg, store)
-        self.cfg, self.store, self.lam, self.codes, self.labelled = cfg, store, lam, codes, labelled
+        self.cfg, self.store, self.lam, self.codes, self.labelled, self.peers = cfg, store, lam, codes, labelled, peers
         self.batch, self.seed, self.device, self.source = batch, seed, device, source
         held_out = len(store.transitions("test"))
         self.test = choose_labels(store, "test", float(min(VALIDATION_LABELS, held_out)), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Translator(cfg).to(device)
-        self.right = self.seen = 0
+        self.key = draw_key(seed, self.name, "keep", device=device)
+        self.hits = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of one step."""
-        generators = [generator(self.seed, self.name, step, sample) for sample in range(self.batch)]
-        index = self.labelled[[pick(len(self.labelled), g) for g in generators]]
-        keep = sample_prefix(self.cfg.bottleneck, torch.stack([uniform(g) for g in generators]))
-        loss, right = self._loss(index, keep)
-        self.right, self.seen = self.right + right, self.seen + len(index)
+    def read(self, step: int) -> TranslatorBatch:
+        """This process's share of a step's batch, on the host."""
+        samples = self.peers.share(self.batch)
+        index = self.labelled[picks(len(self.labelled), self.seed, self.name, step, samples)]
+        return self._rows(index, streams(step, samples, self.batch))
+
+    def loss(self, batch: TranslatorBatch) -> Tensor:
+        """The loss of a batch on the device."""
+        keep = sample_prefix(self.cfg.bottleneck, draw_uniform(self.key, batch.streams))
+        loss, right = self._loss(batch, keep)
+        self.hits += torch.stack([right, torch.full_like(right, len(keep))])
         return loss
+
+    def tallies(self) -> Sequence[Tensor]:
+        """What :meth:`loss` counts on the device."""
+        return (self.hits,)
 
     def report(self) -> Mapping[str, Any]:
         """Share of actions predicted right since the last report."""
-        share = self.right / max(1, self.seen)
-        self.right = self.seen = 0
-        return {"accuracy": share, "labels": len(self.labelled)}
+        right, seen = self.peers.total(self.hits).tolist()
+        self.hits.zero_()
+        return {"accuracy": right / max(1, seen), "labels": len(self.labelled)}
 
     def validate(self) -> Mapping[str, float]:
         """Loss on held-out transitions averaged over a ladder of budgets, and the accuracy at each of them."""
         metrics, total = {}, 0.0
         ladder = self.cfg.bottleneck.ladder
+        batch = to_device(self._rows(self.test, torch.arange(len(self.test))), self.device)
         for k in ladder:
-            loss, right = self._loss(self.test, torch.full((len(self.test),), k))
-            metrics[f"val/accuracy_k{k}"] = right / len(self.test)
+            loss, right = self._loss(batch, torch.full((len(self.test),), k, device=self.device))
+            metrics[f"val/accuracy_k{k}"] = float(right) / len(self.test)
             total += float(loss)
         return {"val/loss": total / len(ladder), **metrics}
 
@@ -124,15 +147,24 @@ class TranslatorStage:
         base = {"data": self.store.fingerprint, "lam": self.source, "seed": self.seed, "batch": self.batch}
         return {**base, "labels": chosen}
 
-    def _loss(self, index: NDArray[np.int64], keep: Tensor) -> tuple[Tensor, int]:
-        codes = torch.from_numpy(np.asarray(self.codes[index])).to(self.device)
+    def _rows(self, index: NDArray[np.int64], streams: Tensor) -> TranslatorBatch:
+        now, before = action_targets(self.store, index)
+        codes = torch.from_numpy(np.asarray(self.codes[index]))
+        return TranslatorBatch(codes, now.discrete, before.discrete, streams)
+
+    def _loss(self, batch: TranslatorBatch, keep: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            latents = self.lam.latents(codes, keep.to(self.device))
-        target, before = action_targets(self.store, index)
-        target = Actions(*(part.to(self.device) for part in target))
-        out = self.model(latents, encode_actions(before, self.cfg.translator).to(self.device))
-        right = int((out.logits[0].argmax(-1) == target.discrete[:, 0]).sum())
-        return translator_loss(out, target), right
+            latents = self.lam.fill(batch.codes, keep)
+        return translate_labels(self.model, latents, batch.action, batch.before, self.cfg)
+
+
+def translate_labels(
+    model: Translator, latents: Tensor, action: Tensor, before: Tensor, cfg: FlexLAMConfig
+) -> tuple[Tensor, Tensor]:
+    """The translator's loss on labelled actions int64 ``[B, 1]``, after those ``before``, and how many it has right."""
+    target, previous = (Actions(a, torch.zeros(len(a), 0, device=a.device)) for a in (action, before))
+    out = model(latents, one_hot_actions(previous, cfg.translator))
+    return translator_loss(out, target), (out.logits[0].argmax(-1) == action[:, 0]).sum()
 
 
 def check_actions(cfg: FlexLAMConfig, store: EpisodeStore) -> None:

@@ -1,0 +1,79 @@
+"""A function of tensors as CUDA graphs, one for each shape it is called with. Not yet run on a GPU.
+
+A graph holds every launch of a call, so that a call costs the host one. Inputs are copied into memory that the graph
+reads; weights and whatever else the function finds by itself are read, and written, where they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Runs before a capture, which load kernels and make what is made once.
+WARM_RUNS = 2
+
+
+class Captured(NamedTuple):
+    """A graph, where it reads its arguments, and the tensor it leaves its result in."""
+
+    graph: torch.cuda.CUDAGraph
+    args: tuple[Any, ...]
+    out: Tensor
+
+
+class GraphedFunction:
+    """Calls ``function`` by replaying what was captured for arguments of the same shapes, dtypes and other values.
+
+    Args:
+        function: of tensors on ``device`` and other values that have an equality, to one tensor. It may read nothing
+            back from the device, and what it draws at random must come from its arguments.
+        device: a CUDA device.
+        state: every tensor that ``function`` changes beside its result; warm runs are undone on them.
+        most: graphs kept; the one that was used longest ago gives way.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device: torch.device,
+        state: Callable[[], Iterable[Tensor]] = tuple,
+        most: int = 16,
+    ) -> None:
+        self.function, self.device, self.state, self.most = function, device, state, most
+        self.captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The function's result for ``args``, in memory of its own."""
+        key = tuple((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in args)
+        found = self.captured.get(key)
+        if found is None:
+            found = self.captured[key] = self._capture(args)
+            if len(self.captured) > self.most:
+                self.captured.popitem(last=False)
+        self.captured.move_to_end(key)
+        for place, given in zip(found.args, args, strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(given, non_blocking=True)
+        found.graph.replay()
+        return found.out.clone()
+
+    def _capture(self, args: tuple[Any, ...]) -> Captured:
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            kept = [(t, t.clone()) for t in self.state()]
+            for _ in range(WARM_RUNS):
+                self.function(*args)
+            for tensor, before in kept:
+                tensor.copy_(before)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = self.function(*args)
+        return Captured(graph, args, out)
