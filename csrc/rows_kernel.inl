@@ -82,6 +82,19 @@ inline vf rounded_to(Float type, vf x) {
     return type == Float::bf16 ? rounded<Float::bf16>(x) : rounded<Float::f16>(x);
 }
 
+// Sums over rows [first, last) of `width` numbers: `block(first, last, sums)` adds some rows, 16 at a time, whose sums are then
+// added. One after the other, 128 would lose over twice as much in rounding.
+template <class Block>
+inline void sum_blocks(std::int64_t first, std::int64_t last, std::int64_t width, float* some, float* sums, Block&& block) {
+    constexpr std::int64_t rows = 16;
+    std::fill_n(sums, width, 0.0f);
+    for (std::int64_t r = first; r < last; r += rows) {
+        std::fill_n(some, width, 0.0f);
+        block(r, r + rows < last ? r + rows : last, some);
+        for (std::int64_t i = 0; i < width; i += V) store(sums + i, load<vf>(sums + i) + load<vf>(some + i));
+    }
+}
+
 void norm(const NormArgs& a, std::int64_t group, std::int64_t first, std::int64_t last) {
     const std::int64_t n = a.extent.width, rows = a.extent.groups * a.extent.count;
     float* room = room_for(3, n);
@@ -112,12 +125,11 @@ void norm(const NormArgs& a, std::int64_t group, std::int64_t first, std::int64_
 // no mean(h); the scale's gradient sums grad * y and the shift's grad.
 void norm_grad(const NormGradArgs& a, std::int64_t group, std::int64_t first, std::int64_t last, float* sums) {
     const std::int64_t n = a.extent.width, rows = a.extent.groups * a.extent.count;
-    float* room = room_for(3, n);
-    float *factor = room + whole(n), *other = factor + whole(n);
+    float* room = room_for(5, n);
+    float *factor = room + whole(n), *other = factor + whole(n), *some = other + whole(n);
     factors(a.scale, group, n, a.one, factor);
-    std::fill_n(sums, 2 * whole(n), 0.0f);
     const float share = 1.0f / static_cast<float>(n);
-    for (std::int64_t r = first; r < last; ++r) {
+    const auto add_row = [&](std::int64_t r, float* dscale, float* dshift) {
         const float *x = widen(a.x, group, r, n, room), *grad = widen(a.grad, group, r, n, other);
         const float rstd = a.stats[group * a.extent.count + r];
         const float mean = a.center ? a.stats[rows + group * a.extent.count + r] : 0.0f;
@@ -127,15 +139,18 @@ void norm_grad(const NormGradArgs& a, std::int64_t group, std::int64_t first, st
             level += h;
             slope += h * y;
             const vf seen = a.center ? y : rounded_to(a.x.type, y);  // what the scale was multiplied with
-            store(sums + i, load<vf>(sums + i) + g * seen);
-            store(sums + whole(n) + i, load<vf>(sums + whole(n) + i) + g);
+            store(dscale + i, load<vf>(dscale + i) + g * seen);
+            store(dshift + i, load<vf>(dshift + i) + g);
         }
         const float of_level = a.center ? sum_of(level) * share : 0.0f, of_slope = sum_of(slope) * share;
         narrow(a.dx, group, r, n, [&](std::int64_t i) {
             const vf h = load<vf>(grad + i) * load<vf>(factor + i), y = (load<vf>(x + i) - mean) * rstd;
             return (h - of_level - y * of_slope) * rstd;
         });
-    }
+    };
+    sum_blocks(first, last, 2 * whole(n), some, sums, [&](std::int64_t from, std::int64_t to, float* part) {
+        for (std::int64_t r = from; r < to; ++r) add_row(r, part, part + whole(n));
+    });
 }
 
 void gate(const GateArgs& a, std::int64_t group, std::int64_t first, std::int64_t last) {
@@ -151,24 +166,30 @@ void gate(const GateArgs& a, std::int64_t group, std::int64_t first, std::int64_
 
 void gate_grad(const GateGradArgs& a, std::int64_t group, std::int64_t first, std::int64_t last, float* sums) {
     const std::int64_t n = a.extent.width;
-    float* room = room_for(3, n);
+    float* room = room_for(4, n);
     const float* factor = widen(a.gate, group, 0, n, room + 2 * whole(n));
-    std::fill_n(sums, whole(n), 0.0f);
-    for (std::int64_t r = first; r < last; ++r) {
-        const float *grad = widen(a.grad, group, r, n, room), *y = widen(a.y, group, r, n, room + whole(n));
-        narrow(a.dy, group, r, n, [&](std::int64_t i) {
-            const vf g = load<vf>(grad + i);
-            store(sums + i, load<vf>(sums + i) + g * load<vf>(y + i));
-            return g * load<vf>(factor + i);
-        });
-    }
+    sum_blocks(first, last, whole(n), room + 3 * whole(n), sums, [&](std::int64_t from, std::int64_t to, float* part) {
+        for (std::int64_t r = from; r < to; ++r) {
+            const float *grad = widen(a.grad, group, r, n, room), *y = widen(a.y, group, r, n, room + whole(n));
+            narrow(a.dy, group, r, n, [&](std::int64_t i) {
+                const vf g = load<vf>(grad + i);
+                store(part + i, load<vf>(part + i) + g * load<vf>(y + i));
+                return g * load<vf>(factor + i);
+            });
+        }
+    });
 }
 
 void join(const Rows& out, std::int64_t group, const float* sums, std::int64_t pieces, std::int64_t stride,
           std::int64_t width) {
+    constexpr std::int64_t block = 16;  // as above
     narrow(out, group, 0, width, [&](std::int64_t i) {
         vf sum{};
-        for (std::int64_t p = 0; p < pieces; ++p) sum += load<vf>(sums + p * stride + i);
+        for (std::int64_t p = 0; p < pieces; p += block) {
+            vf some{};
+            for (std::int64_t q = p; q < pieces && q < p + block; ++q) some += load<vf>(sums + q * stride + i);
+            sum += some;
+        }
         return sum;
     });
 }

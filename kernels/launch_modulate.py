@@ -125,8 +125,9 @@ def _room(size: Extent, pieces: int, sums: int, tile: kernels.Tile, device: torc
 
 def _join(sums: Tensor, first: Tensor, second: Tensor | None, pieces: int, size: Extent, tile: kernels.Tile) -> None:
     """Add the partial sums of each group into its row of the results."""
-    grid = size.groups, triton.cdiv(size.width, kernels.JOINED)
+    parts, block = kernels.joined_of(pieces)
+    grid = size.groups, triton.cdiv(size.width, block)
     kernels.join_kernel[grid](
         sums, first, first if second is None else second, pieces, WIDTH=size.width, SPAN=tile.span,
-        BOTH=second is not None, BLOCK=kernels.JOINED, INTERPRET=INTERPRETED, num_warps=4, enable_fp_fusion=True,
+        BOTH=second is not None, PARTS=parts, BLOCK=block, INTERPRET=INTERPRETED, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from flexlam_fast.kernels.pieces import round_to
 
 ELEMENTS = 2048  # of a tile: 16 for each of 128 threads, and backward twice as many sums
 PROGRAMS = 1056  # of a backward grid, about: 8 for each of an H100's 132 processors; fixed, so that sums are too
-JOINED = 128  # columns of a program that adds partial sums
 
 
 class Tile(NamedTuple):
@@ -36,6 +35,12 @@ def tile_of(count: int, width: int) -> Tile:
 def pieces_of(groups: int, count: int, rows: int) -> int:
     """Into how many partial sums a group's rows go."""
     return max(1, min(triton.cdiv(count, rows), PROGRAMS // groups))
+
+
+def joined_of(pieces: int) -> tuple[int, int]:
+    """Partial sums and columns of a tile that adds them: one after the other, 1,056 would wait an estimated 90 us."""
+    parts = min(64, triton.next_power_of_2(pieces))
+    return parts, min(128, ELEMENTS // parts)
 
 
 @triton.jit
@@ -192,25 +197,27 @@ def gate_backward_kernel(grad_ptr, y_ptr, gate_ptr, dy_ptr, sums_ptr, grad_group
 
 @triton.jit
 def join_kernel(sums_ptr, first_ptr, second_ptr, pieces, WIDTH: tl.constexpr, SPAN: tl.constexpr, BOTH: tl.constexpr,
-                BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """Add a group's partial sums ``[pieces, 2 or 1, SPAN]`` in order; with BOTH there are two results."""
+                PARTS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """Add a group's partial sums ``[pieces, 2 or 1, SPAN]``, PARTS at a time; with BOTH there are two results."""
     # where am I
     group = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < WIDTH
     step: tl.constexpr = 2 * SPAN if BOTH else SPAN
-    at = sums_ptr + group * pieces * step + column
-    first = tl.zeros([BLOCK], tl.float32)
-    second = tl.zeros([BLOCK], tl.float32)
+    first = tl.zeros([PARTS, BLOCK], tl.float32)
+    second = tl.zeros([PARTS, BLOCK], tl.float32)
 
     # load, and compute in fp32
-    for piece in range(pieces):
-        first += tl.load(at + piece * step, mask=there, other=0.0)
+    for start in range(0, pieces, PARTS):
+        piece = start + tl.arange(0, PARTS)
+        mask = (piece < pieces)[:, None] & there[None, :]
+        at = sums_ptr + ((group * pieces + piece) * step)[:, None] + column[None, :]
+        first += tl.load(at, mask=mask, other=0.0)
         if BOTH:
-            second += tl.load(at + piece * step + SPAN, mask=there, other=0.0)
+            second += tl.load(at + SPAN, mask=mask, other=0.0)
 
     # store
     to = group * WIDTH + column
-    tl.store(first_ptr + to, round_to(first, first_ptr.dtype.element_ty, INTERPRET), mask=there)
+    tl.store(first_ptr + to, round_to(tl.sum(first, axis=0), first_ptr.dtype.element_ty, INTERPRET), mask=there)
     if BOTH:
-        tl.store(second_ptr + to, round_to(second, second_ptr.dtype.element_ty, INTERPRET), mask=there)
+        tl.store(second_ptr + to, round_to(tl.sum(second, axis=0), second_ptr.dtype.element_ty, INTERPRET), mask=there)
