@@ -27,6 +27,7 @@
 
 namespace py = pybind11;
 
+void bind_rows(py::module_& m);  // csrc/bindings_rows.cpp
 #ifdef FLEXLAM_CUDA
 void bind_cuda_engine(py::module_& m);  // csrc/bindings_cuda.cpp
 #endif
@@ -348,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("scale_error", &scale_error, free_gil, py::arg("error"), py::arg("out"), py::arg("count"), py::arg("scale"),
           py::arg("type"), py::arg("threads"), py::arg("variant") = "", "A number times every element.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
+    bind_rows(m);
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")
         .def(py::init(&flexlam::cuda_levels))
