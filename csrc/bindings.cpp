@@ -24,6 +24,7 @@
 
 namespace py = pybind11;
 
+void bind_sequence_ops(py::module_& m);  // csrc/bindings_sequence.cpp
 #ifdef FLEXLAM_CUDA
 void bind_cuda_engine(py::module_& m);  // csrc/bindings_cuda.cpp
 #endif
@@ -293,6 +294,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("entries"), py::arg("pages"), py::arg("top_k"), py::arg("inverse"), py::arg("type"),
              py::arg("threads"), py::arg("variant") = "", "Generates `budget` codes of every session: BlockArgs.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
+    bind_sequence_ops(m);
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")
         .def(py::init(&flexlam::cuda_levels))
