@@ -57,7 +57,8 @@ def norm_rope_backward(
     out, half = (q.new_empty(q.shape), k.new_empty(k.shape)), q.shape[3] // 2
     lines, tile, flags = _shape(q, k, cos)
     if not lines or not q.numel() + k.numel():
-        return *out, *(torch.zeros(2 * half, dtype=torch.float32, device=q.device) for _ in range(2))
+        of_q, of_k = (torch.zeros(2 * half, dtype=torch.float32, device=q.device) for _ in range(2))
+        return *out, of_q, of_k
     tiles = triton.cdiv(lines, tile.rows)
     grid = (min(tiles, kernels.PROGRAMS), tile.across)
     sums = torch.empty(grid[0] * grid[1], 4, tile.padded, dtype=torch.float32, device=q.device)

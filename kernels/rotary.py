@@ -1,8 +1,8 @@
 """QK-norm and RoPE of training: one launch for queries and keys, and one for their gradients.
 
-A tile is ``[ROWS tokens, heads, half a head]``, twice: channel ``i`` and its partner ``i + D/2`` meet in one thread, and
-cosines and sines are loaded once for all heads of queries and keys. Each input is read once and each result written once,
-so both launches are bound by memory.
+A tile is ``[ROWS tokens, heads, half a head]``, twice: channel ``i`` and its partner ``i + D/2`` meet in one thread,
+and cosines and sines are loaded once for all heads of queries and keys. Each input is read once and each result written
+once, so both launches are bound by memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every variant of the kernels of the sequence model's training with the shapes of the dmlab preset, for ``compile_sm90.py``."""
+"""Every variant of the kernels that train the sequence model, with dmlab's shapes, for ``compile_sm90.py``."""
 
 from __future__ import annotations
 

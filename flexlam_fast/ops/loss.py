@@ -18,9 +18,7 @@ from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.linear import pick
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, backend: str | None = AUTO
-) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, backend: str | None = AUTO) -> Tensor:
     """Mean cross-entropy over the targets that are not ignored.
 
     Logits are read once, row by row, in fp32 arithmetic; backward reads them again and writes their gradient, and
@@ -32,8 +30,8 @@ def cross_entropy(
         target: int64 ``[M]``, each in ``0..C-1`` or ``ignore_index``. On a GPU, where reading them would wait for the
             device, a target outside makes the loss and the gradient of its row NaN.
         ignore_index: the target of rows that do not count; it may lie inside ``0..C-1``.
-        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and C++
-            on a CPU, the reference for fp64.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and
+            C++ on a CPU, the reference for fp64.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits); NaN where every target is ignored, as torch has it.
@@ -69,7 +67,9 @@ def _check_codes(target: Tensor, codes: int, ignore_index: int) -> None:
         raise InputError(f"target: expected 0..{codes - 1} or {ignore_index}, got {low if low < 0 else high}")
 
 
-def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def mean_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel on checked arguments: mean, log-sum-exp ``[M]``, number of targets that count; fp32."""
     if backend == NATIVE:
         return native_sequence.mean_cross_entropy(compiled(NATIVE), logits, target, ignore_index)

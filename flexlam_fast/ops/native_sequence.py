@@ -1,6 +1,7 @@
 """Launchers of the C++ kernels of the sequence model's training: tensors to addresses, nothing else.
 
-Arguments have been checked. ``contracts.compiled`` hands in the extension, so this file can be imported where there is none.
+Arguments have been checked. ``contracts.compiled`` hands in the extension, so this file can be imported where there is
+none.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``q`` and ``k`` in their dtypes, contiguous, and of both weights, fp32 ``[D]``."""
-    sums = [torch.zeros(q.shape[-1], dtype=torch.float32, device="cpu") for _ in range(2)]
-    out = q.new_empty(q.shape), k.new_empty(k.shape), *sums
+    of_q, of_k = (torch.zeros(q.shape[-1], dtype=torch.float32, device="cpu") for _ in range(2))
+    out = q.new_empty(q.shape), k.new_empty(k.shape), of_q, of_k
     if q.numel() + k.numel():
         kept, shared = _shared(q, k, q_weight, k_weight, cos, sin, eps)
         grad_q, grad_k = _rows(grad_q), _rows(grad_k)

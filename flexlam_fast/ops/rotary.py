@@ -1,7 +1,7 @@
 """Queries and keys of training on their way to attention: RMS norm of every head, then RoPE, in one launch for both.
 
-The arithmetic is that of ``RMSNorm`` and ``rotate`` in ``flexlam_fast.sequence.model`` (paper B.4, design section 2), fp32
-inside and rounded once, at the end.
+The arithmetic is that of ``RMSNorm`` and ``rotate`` in ``flexlam_fast.sequence.model`` (paper B.4, design section 2),
+fp32 inside and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def qk_norm_rope(
         sin: as ``cos``. Neither has a gradient on the compiled backends.
         eps: added to the mean square.
         dtype: of the results; None is ``q``'s.
-        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and C++
-            on a CPU, the reference for fp64.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and
+            C++ on a CPU, the reference for fp64.
 
     Returns:
         Queries and keys, shaped as they came, contiguous. Gradients go to ``q``, ``k`` and both weights.
