@@ -51,24 +51,24 @@ void rotary_backward(const HeadsOf& q, const HeadsOf& k, std::int64_t q_weight, 
                              threads, variant);
 }
 
-flexlam::LossArgs loss_args(std::int64_t logits, std::int64_t target, std::int64_t lse, std::int64_t rows,
+flexlam::LossArgs loss_args(std::int64_t logits, std::int64_t target, std::int64_t kept, std::int64_t rows,
                             std::int64_t codes, std::int64_t stride, std::int64_t ignored, int type) {
-    return {at<const void>(logits), at<const std::int64_t>(target), at<float>(lse), rows, codes, stride, ignored,
+    return {at<const void>(logits), at<const std::int64_t>(target), at<float>(kept), rows, codes, stride, ignored,
             static_cast<flexlam::Float>(type)};
 }
 
-std::pair<double, std::int64_t> loss_forward(std::int64_t logits, std::int64_t target, std::int64_t lse,
+std::pair<double, std::int64_t> loss_forward(std::int64_t logits, std::int64_t target, std::int64_t kept,
                                              std::int64_t rows, std::int64_t codes, std::int64_t stride,
                                              std::int64_t ignored, int type, int threads, const std::string& variant) {
-    const auto part = flexlam::loss_forward(loss_args(logits, target, lse, rows, codes, stride, ignored, type), threads,
+    const auto part = flexlam::loss_forward(loss_args(logits, target, kept, rows, codes, stride, ignored, type), threads,
                                             variant);
     return {part.sum, part.count};
 }
 
-void loss_backward(std::int64_t logits, std::int64_t target, std::int64_t lse, std::int64_t rows, std::int64_t codes,
+void loss_backward(std::int64_t logits, std::int64_t target, std::int64_t kept, std::int64_t rows, std::int64_t codes,
                    std::int64_t stride, std::int64_t ignored, int type, float scale, std::int64_t out, int threads,
                    const std::string& variant) {
-    flexlam::loss_backward(loss_args(logits, target, lse, rows, codes, stride, ignored, type), scale, at<void>(out),
+    flexlam::loss_backward(loss_args(logits, target, kept, rows, codes, stride, ignored, type), scale, at<void>(out),
                            threads, variant);
 }
 
@@ -84,10 +84,10 @@ void bind_sequence_ops(py::module_& m) {
           py::arg("k_weight"), py::arg("angles"), py::arg("sizes"), py::arg("eps"), py::arg("grad_q"),
           py::arg("grad_k"), py::arg("q_out"), py::arg("k_out"), py::arg("q_weight_out"), py::arg("k_weight_out"),
           py::arg("threads"), py::arg("variant") = "", "Its gradients; csrc/rotary.h's RotaryBackward.");
-    m.def("loss_forward", &loss_forward, free_gil, py::arg("logits"), py::arg("target"), py::arg("lse"),
+    m.def("loss_forward", &loss_forward, free_gil, py::arg("logits"), py::arg("target"), py::arg("kept"),
           py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("ignored"), py::arg("type"), py::arg("threads"),
           py::arg("variant") = "", "Sum of the losses that count, and their number; csrc/loss.h's LossArgs.");
-    m.def("loss_backward", &loss_backward, free_gil, py::arg("logits"), py::arg("target"), py::arg("lse"),
+    m.def("loss_backward", &loss_backward, free_gil, py::arg("logits"), py::arg("target"), py::arg("kept"),
           py::arg("rows"), py::arg("codes"), py::arg("stride"), py::arg("ignored"), py::arg("type"), py::arg("scale"),
           py::arg("out"), py::arg("threads"), py::arg("variant") = "", "Gradient of the logits.");
 }

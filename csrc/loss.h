@@ -11,7 +11,7 @@ namespace flexlam {
 struct LossArgs {
     const void* logits;          // [rows, codes], rows `stride` elements apart
     const std::int64_t* target;  // [rows], each in [0, codes) or `ignored`
-    float* lse;                  // [rows]: logarithm of the sum of exponentials; backward reads it
+    float* kept;                 // [rows, 2]: largest logit, sum of exponentials relative to it; backward reads it
     std::int64_t rows, codes, stride, ignored;
     Float type;
 };

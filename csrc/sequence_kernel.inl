@@ -128,65 +128,71 @@ void rotate_heads_back(const RotaryBackward& b, int which, std::int64_t line, fl
     }
 }
 
+constexpr std::int64_t few = 4;  // tokens whose sums are added up before they meet larger ones, which keeps their digits
+
 void rotate_back(const RotaryBackward& b, std::int64_t first, std::int64_t last, float* sums) {
     const std::int64_t half = b.shared.dim / 2, wide = up(half);
     float *n = room(6 * wide), *own = n + 4 * wide;
-    for (int which = 0; which < 2; ++which) {
-        for (std::int64_t i = 0; i < 2 * wide; ++i) own[i] = 0.0f;
-        with_type(b.shared.x[which].type, [&](auto in) {
-            with_type(b.grad[which].type, [&](auto grad) {
-                for (std::int64_t line = first; line < last; ++line)
-                    rotate_heads_back<in(), grad()>(b, which, line, n, own);
+    for (int which = 0; which < 2; ++which)
+        for (std::int64_t start = first; start < last; start += few) {
+            for (std::int64_t i = 0; i < 2 * wide; ++i) own[i] = 0.0f;
+            with_type(b.shared.x[which].type, [&](auto in) {
+                with_type(b.grad[which].type, [&](auto grad) {
+                    for (std::int64_t line = start; line < std::min(start + few, last); ++line)
+                        rotate_heads_back<in(), grad()>(b, which, line, n, own);
+                });
             });
-        });
-        for (std::int64_t i = 0; i < half; ++i) {
-            sums[which * b.shared.dim + i] += own[i];
-            sums[which * b.shared.dim + half + i] += own[wide + i];
+            for (std::int64_t i = 0; i < half; ++i) {
+                sums[which * b.shared.dim + i] += own[i];
+                sums[which * b.shared.dim + half + i] += own[wide + i];
+            }
         }
-    }
 }
 
 // exp(x) of what is at most about 0, and exactly 0 of what lies below every fp32 sum with a 1 in it.
 inline vf exp_or_zero(vf x) { return pick<vf>(x < -87.0f, vf{}, exp_of(x)); }
 
-// A row's log-sum-exp; the second of the two passes finds the row in the cache.
+// A row's largest logit, and the sum of exponentials relative to it; the second pass finds the row in the cache.
 template <Float F>
-float log_sum_exp(const void* logits, std::int64_t at, std::int64_t codes) {
+void largest_and_sum(const void* logits, std::int64_t at, std::int64_t codes, float* out) {
     const float none = -std::numeric_limits<float>::infinity();
-    const std::int64_t whole = codes / V * V;
+    const std::int64_t whole = codes / V * V, stretch = 256;  // short sums are added up first, which keeps their digits
     vf most = vf{} + none;
     for (std::int64_t i = 0; i < whole; i += V) {
         const vf x = load_as<F>(logits, at + i);
         most = pick<vf>(x > most, x, most);
     }
     vf rest = vf{} + none;
-    if (whole < codes) {
-        const vf x = load_some<F>(logits, at + whole, codes - whole);
-        for (int i = 0; i < codes - whole; ++i) rest[i] = x[i];
-    }
+    for (std::int64_t i = whole; i < codes; ++i) rest[i - whole] = load_some<F>(logits, at + i, 1)[0];
     most = pick<vf>(rest > most, rest, most);
     float largest = most[0];
     for (int i = 1; i < V; ++i) largest = std::max(largest, most[i]);
     vf sum{};
-    for (std::int64_t i = 0; i < whole; i += V) sum += exp_or_zero(load_as<F>(logits, at + i) - largest);
-    if (whole < codes) {
-        const vf e = exp_or_zero(rest - largest);
-        for (int i = 0; i < codes - whole; ++i) sum[i] += e[i];
+    for (std::int64_t start = 0; start < whole; start += stretch) {
+        vf part{};
+        for (std::int64_t i = start; i < std::min(start + stretch, whole); i += V)
+            part += exp_or_zero(load_as<F>(logits, at + i) - largest);
+        sum += part;
     }
-    return largest + std::log(sum_of(sum));
+    const vf e = exp_or_zero(rest - largest);
+    for (std::int64_t i = whole; i < codes; ++i) sum[i - whole] += e[i - whole];
+    out[0] = largest, out[1] = sum_of(sum);
 }
 
 template <Float F>
 LossPart loss_rows(const LossArgs& a, std::int64_t first, std::int64_t last) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
     LossPart part{0.0, 0};
     for (std::int64_t row = first; row < last; ++row) {
         const std::int64_t target = a.target[row], at = row * a.stride;
-        const bool inside = target >= 0 && target < a.codes, kept = target != a.ignored;
-        const float nan = std::numeric_limits<float>::quiet_NaN();
-        a.lse[row] = inside || !kept ? log_sum_exp<F>(a.logits, at, a.codes) : nan;
-        if (!kept) continue;
+        const bool inside = target >= 0 && target < a.codes, counts = target != a.ignored;
+        float* kept = a.kept + 2 * row;
+        largest_and_sum<F>(a.logits, at, a.codes, kept);
+        if (!counts) continue;
+        if (!inside) kept[1] = nan;
         const float picked = inside ? load_some<F>(a.logits, at + target, 1)[0] : nan;
-        part.sum += static_cast<double>(a.lse[row]) - static_cast<double>(picked), ++part.count;
+        part.sum += static_cast<double>(std::log(kept[1])) + (static_cast<double>(kept[0]) - static_cast<double>(picked));
+        ++part.count;
     }
     return part;
 }
@@ -201,12 +207,12 @@ template <Float F>
 void loss_rows_back(const LossArgs& a, float scale, void* out, std::int64_t first, std::int64_t last) {
     for (std::int64_t row = first; row < last; ++row) {
         const std::int64_t target = a.target[row], at = row * a.stride, to = row * a.codes;
-        const bool kept = target != a.ignored;
-        const float lse = a.lse[row];
+        const bool counts = target != a.ignored;
+        const float largest = a.kept[2 * row], inverse = 1.0f / a.kept[2 * row + 1];
         for (std::int64_t i = 0; i < a.codes; i += V) {
             const std::int64_t count = a.codes - i;
-            vf share = kept ? exp_or_zero(load_some<F>(a.logits, at + i, count) - lse) : vf{};
-            if (kept && target >= i && target < i + V) share[target - i] -= 1.0f;
+            vf share = counts ? exp_or_zero(load_some<F>(a.logits, at + i, count) - largest) * inverse : vf{};
+            if (counts && target >= i && target < i + V) share[target - i] -= 1.0f;
             store_some<F>(out, to + i, share * scale, count);
         }
     }

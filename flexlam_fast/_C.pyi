@@ -124,7 +124,7 @@ def rotary_backward(
 def loss_forward(
     logits: int,
     target: int,
-    lse: int,
+    kept: int,
     rows: int,
     codes: int,
     stride: int,
@@ -136,7 +136,7 @@ def loss_forward(
 def loss_backward(
     logits: int,
     target: int,
-    lse: int,
+    kept: int,
     rows: int,
     codes: int,
     stride: int,

@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss, log-sum-exp of every row, and how many targets count; fp32."""
+    """Mean loss, largest logit and sum of exponentials of every row ``[M, 2]``, and how many targets count; fp32."""
     logits, target = _rows(logits), target.contiguous()
     rows, codes = logits.shape
-    lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    kept = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
     loss, count = (torch.empty((), dtype=torch.float32, device=logits.device) for _ in range(2))
     programs = min(rows, kernels.PROGRAMS)
     sums = torch.empty(programs, 2, dtype=torch.float32, device=logits.device)
     with _on(logits.device):
         if rows:
             kernels.loss_forward_kernel[(programs,)](
-                logits, target, lse, sums, rows, ignore_index, CODES=codes, STRIDE=logits.stride(0),
+                logits, target, kept, sums, rows, ignore_index, CODES=codes, STRIDE=logits.stride(0),
                 BLOCK=_block(codes), num_warps=kernels.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         block = triton.next_power_of_2(max(programs, 1))
         kernels.loss_mean_kernel[(1,)](sums, loss, count, programs, BLOCK=block, num_warps=4)
-    return loss, lse, count
+    return loss, kept, count
 
 
 def mean_cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, count: Tensor, ignore_index: int
+    grad: Tensor, logits: Tensor, target: Tensor, kept: Tensor, count: Tensor, ignore_index: int
 ) -> Tensor:
     """Gradient of the logits, contiguous, in their dtype."""
     logits, target = _rows(logits), target.contiguous()
@@ -42,7 +42,7 @@ def mean_cross_entropy_backward(
     if rows:
         with _on(logits.device):
             kernels.loss_backward_kernel[(rows,)](
-                grad, logits, target, lse, count, out, ignore_index, CODES=codes, STRIDE=logits.stride(0),
+                grad, logits, target, kept, count, out, ignore_index, CODES=codes, STRIDE=logits.stride(0),
                 BLOCK=_block(codes), INTERPRET=INTERPRETED, num_warps=kernels.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 """Cross-entropy of codes: logits are read once forward, and once more for their gradient; no softmax is written.
 
 A warp takes a row at a time, 1,024 columns at once, and keeps the largest logit so far and the sum of exponentials
-relative to it. What stays for backward is one fp32 number a row, their logarithm.
+relative to it. Both stay for backward, two fp32 numbers a row: their one log-sum-exp would cost a share of the softmax
+up to three of its bits, for it is rounded at the size of a logit.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ WARPS = 1
 
 
 @triton.jit
-def loss_forward_kernel(logits_ptr, target_ptr, lse_ptr, sums_ptr, rows, ignored, CODES: tl.constexpr,
+def loss_forward_kernel(logits_ptr, target_ptr, kept_ptr, sums_ptr, rows, ignored, CODES: tl.constexpr,
                         STRIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Rows ``pid, pid + programs, ...`` of logits: log-sum-exp each, and two sums a program: of losses, and of ones."""
+    """Rows ``pid, pid + programs, ...``: largest and sum of each, and two sums a program: of losses, and of ones."""
     # where am I
     column = tl.arange(0, BLOCK)
     total, count = 0.0, 0.0
@@ -38,14 +39,14 @@ def loss_forward_kernel(logits_ptr, target_ptr, lse_ptr, sums_ptr, rows, ignored
             base = tl.where(top == float("-inf"), 0.0, top)  # a block of nothing but -inf adds nothing
             sum = sum * tl.exp(largest - base) + tl.sum(tl.exp(x - base), axis=0)
             largest = top
-        lse = largest + tl.log(sum)
-        lse = tl.where(inside | (target == ignored), lse, float("nan"))
-        kept = target != ignored
-        total += tl.where(kept, lse - picked, 0.0)
-        count += tl.where(kept, 1.0, 0.0)
+        counts = target != ignored
+        sum = tl.where(inside | (target == ignored), sum, float("nan"))
+        total += tl.where(counts, tl.log(sum) + (largest - picked), 0.0)
+        count += tl.where(counts, 1.0, 0.0)
 
         # store
-        tl.store(lse_ptr + row, lse)
+        tl.store(kept_ptr + 2 * tl.cast(row, tl.int64), largest)
+        tl.store(kept_ptr + 2 * tl.cast(row, tl.int64) + 1, sum)
     tl.store(sums_ptr + 2 * tl.program_id(0), total)
     tl.store(sums_ptr + 2 * tl.program_id(0) + 1, count)
 
@@ -62,7 +63,7 @@ def loss_mean_kernel(sums_ptr, loss_ptr, count_ptr, programs, BLOCK: tl.constexp
 
 
 @triton.jit
-def loss_backward_kernel(grad_ptr, logits_ptr, target_ptr, lse_ptr, count_ptr, out_ptr, ignored, CODES: tl.constexpr,
+def loss_backward_kernel(grad_ptr, logits_ptr, target_ptr, kept_ptr, count_ptr, out_ptr, ignored, CODES: tl.constexpr,
                          STRIDE: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """One row of the logits' gradient: ``(softmax - one hot) * grad / count``; zeros for a target that is ignored."""
     # where am I
@@ -72,16 +73,17 @@ def loss_backward_kernel(grad_ptr, logits_ptr, target_ptr, lse_ptr, count_ptr, o
 
     # load
     target = tl.load(target_ptr + row)
-    kept = target != ignored
-    lse = tl.load(lse_ptr + row)
+    counts = target != ignored
+    largest, sum = tl.load(kept_ptr + 2 * row), tl.load(kept_ptr + 2 * row + 1)
     scale = tl.load(grad_ptr).to(tl.float32) / tl.load(count_ptr)
+    inverse = 1.0 / sum
     for start in range(0, CODES, BLOCK):
         at = start + column
-        x = tl.load(logits_ptr + row * STRIDE + at, mask=(at < CODES) & kept, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + row * STRIDE + at, mask=(at < CODES) & counts, other=0.0).to(tl.float32)
 
         # compute in fp32
-        share = tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0)
-        out = tl.where(kept, share * scale, 0.0)
+        share = tl.exp(x - largest) * inverse - tl.where(at == target, 1.0, 0.0)
+        out = tl.where(counts, share * scale, 0.0)
 
         # store
         tl.store(out_ptr + row * CODES + at, round_to(out, DTYPE, INTERPRET), mask=at < CODES)

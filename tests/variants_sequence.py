@@ -30,7 +30,7 @@ def rotated(kind: str, out: str, back: bool, heads: int = 4, kv_heads: int = 4, 
 
 def of_loss(kind: str, codes: int, back: bool) -> Variant:
     constants = dict(CODES=codes, STRIDE=codes, BLOCK=loss.BLOCK)
-    pointers = {"logits_ptr": kind, "target_ptr": "i64", "lse_ptr": "fp32"}
+    pointers = {"logits_ptr": kind, "target_ptr": "i64", "kept_ptr": "fp32"}
     if not back:
         pointers |= {"sums_ptr": "fp32"}
         scalars = {"rows": "i32", "ignored": "i32"}

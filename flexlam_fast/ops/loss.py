@@ -70,24 +70,29 @@ def _check_codes(target: Tensor, codes: int, ignore_index: int) -> None:
 def mean_cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel on checked arguments: mean, log-sum-exp ``[M]``, number of targets that count; fp32."""
+    """Launch the forward kernel on checked arguments.
+
+    Returns:
+        The mean; ``[M, 2]``, of each row the largest logit and the sum of exponentials relative to it, which together
+        are its log-sum-exp; how many targets count. All fp32.
+    """
     if backend == NATIVE:
         return native_sequence.mean_cross_entropy(compiled(NATIVE), logits, target, ignore_index)
     return compiled(TRITON, "launch_loss").mean_cross_entropy(logits, target, ignore_index)
 
 
 def mean_cross_entropy_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, count: Tensor, ignore_index: int, backend: str
+    grad: Tensor, logits: Tensor, target: Tensor, kept: Tensor, count: Tensor, ignore_index: int, backend: str
 ) -> Tensor:
     """Gradient of the logits in their dtype, from what forward kept."""
-    args = grad, logits, target, lse, count, ignore_index
+    args = grad, logits, target, kept, count, ignore_index
     if backend == NATIVE:
         return native_sequence.mean_cross_entropy_backward(compiled(NATIVE), *args)
     return compiled(TRITON, "launch_loss").mean_cross_entropy_backward(*args)
 
 
 def _fake(logits: Tensor, target: Tensor, ignore_index: int, backend: str) -> Any:
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape[:1], ()))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (logits.shape[0], 2), ()))
 
 
 def _fake_backward(grad: Tensor, logits: Tensor, *others: Any) -> Tensor:
@@ -96,9 +101,9 @@ def _fake_backward(grad: Tensor, logits: Tensor, *others: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, ctx.ignore_index, ctx.backend = inputs
-    _, lse, count = output
-    ctx.mark_non_differentiable(lse, count)
-    ctx.save_for_backward(logits, target, lse, count)
+    _, kept, count = output
+    ctx.mark_non_differentiable(kept, count)
+    ctx.save_for_backward(logits, target, kept, count)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
@@ -106,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
 
 
 _call_backward = define_plain(
-    "(Tensor grad, Tensor logits, Tensor target, Tensor lse, Tensor count, int ignore_index, str backend) -> Tensor",
+    "(Tensor grad, Tensor logits, Tensor target, Tensor kept, Tensor count, int ignore_index, str backend) -> Tensor",
     mean_cross_entropy_backward,
     _fake_backward,
 )

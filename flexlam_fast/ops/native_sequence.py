@@ -62,13 +62,13 @@ def norm_rope_backward(
 def mean_cross_entropy(
     extension: ModuleType, logits: Tensor, target: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss, log-sum-exp of every row, and how many targets count; fp32."""
+    """Mean loss, largest logit and sum of exponentials of every row ``[M, 2]``, and how many targets count; fp32."""
     logits, target = _rows(logits), target.contiguous()
-    lse = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
-    args = _loss(logits, target, lse, ignore_index)
+    kept = torch.empty(logits.shape[0], 2, dtype=torch.float32, device="cpu")
+    args = _loss(logits, target, kept, ignore_index)
     total, count = extension.loss_forward(*args, threads=torch.get_num_threads())
     mean = total / count if count else torch.nan
-    return torch.tensor(mean, dtype=torch.float32), lse, torch.tensor(count, dtype=torch.float32)
+    return torch.tensor(mean, dtype=torch.float32), kept, torch.tensor(count, dtype=torch.float32)
 
 
 def mean_cross_entropy_backward(
@@ -76,7 +76,7 @@ def mean_cross_entropy_backward(
     grad: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    kept: Tensor,
     count: Tensor,
     ignore_index: int,
 ) -> Tensor:
@@ -84,7 +84,7 @@ def mean_cross_entropy_backward(
     out = logits.new_empty(logits.shape)
     logits, target = _rows(logits), target.contiguous()
     scale = float(grad) / max(float(count), 1.0)
-    args = _loss(logits, target, lse, ignore_index)
+    args = _loss(logits, target, kept, ignore_index)
     extension.loss_backward(*args, scale, out.data_ptr(), threads=torch.get_num_threads())
     return out
 
@@ -113,6 +113,6 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _loss(logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int) -> tuple[int, ...]:
-    addresses = logits.data_ptr(), target.data_ptr(), lse.data_ptr()
+def _loss(logits: Tensor, target: Tensor, kept: Tensor, ignore_index: int) -> tuple[int, ...]:
+    addresses = logits.data_ptr(), target.data_ptr(), kept.data_ptr()
     return *addresses, *logits.shape, logits.stride(0), ignore_index, TYPES[logits.dtype]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on ``device``; nothing waits for the copies."""
-        moved = {name: t.to(device, non_blocking=True) for name, t in self._asdict().items() if isinstance(t, Tensor)}
-        return self._replace(**moved)
+        moved: list[Any] = [t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self]
+        return Packed._make(moved)
 
 
 def is_causal(layout: Layout) -> bool:
