@@ -28,6 +28,7 @@
 namespace py = pybind11;
 
 void bind_rows(py::module_& m);  // csrc/bindings_rows.cpp
+void bind_sequence_ops(py::module_& m);  // csrc/bindings_sequence.cpp
 #ifdef FLEXLAM_CUDA
 void bind_cuda_engine(py::module_& m);  // csrc/bindings_cuda.cpp
 #endif
@@ -350,6 +351,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("type"), py::arg("threads"), py::arg("variant") = "", "A number times every element.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
     bind_rows(m);
+    bind_sequence_ops(m);
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")
         .def(py::init(&flexlam::cuda_levels))

@@ -123,6 +123,63 @@ def norm_rows(
     x: int, weight: int, out: int, rows: int, width: int, type: int, eps: float, threads: int, variant: str = ""
 ) -> None: ...
 def swiglu_rows(x: int, out: int, rows: int, inner: int, type: int, threads: int, variant: str = "") -> None: ...
+def rotary_forward(
+    q: Sequence[int],
+    k: Sequence[int],
+    q_weight: int,
+    k_weight: int,
+    angles: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    q_out: int,
+    k_out: int,
+    type: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def rotary_backward(
+    q: Sequence[int],
+    k: Sequence[int],
+    q_weight: int,
+    k_weight: int,
+    angles: Sequence[int],
+    sizes: Sequence[int],
+    eps: float,
+    grad_q: Sequence[int],
+    grad_k: Sequence[int],
+    q_out: int,
+    k_out: int,
+    q_weight_out: int,
+    k_weight_out: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def loss_forward(
+    logits: int,
+    target: int,
+    kept: int,
+    rows: int,
+    codes: int,
+    stride: int,
+    ignored: int,
+    type: int,
+    threads: int,
+    variant: str = "",
+) -> tuple[float, int]: ...
+def loss_backward(
+    logits: int,
+    target: int,
+    kept: int,
+    rows: int,
+    codes: int,
+    stride: int,
+    ignored: int,
+    type: int,
+    scale: float,
+    out: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
 
 class EncoderEngine:
     def __init__(

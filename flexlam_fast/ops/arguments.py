@@ -60,7 +60,7 @@ def check_prefix(
     if null is None:
         raise InputError("null: expected a null latent with keep, got None")
     check_null(null, dim, device)
-    if not _readable(keep):
+    if not is_readable(keep):
         return
     low, high = map(int, torch.aminmax(keep))
     if low < 0 or high > slots:
@@ -73,7 +73,7 @@ def check_null(null: Tensor, dim: int, device: torch.device) -> None:
         check_tensor("null", null, [dim], FLOATS, device)
 
 
-def _readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether reading values is possible and free: a traced tensor has none, one on a GPU would stall its stream."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
@@ -81,7 +81,7 @@ def _readable(tensor: Tensor) -> bool:
 
 def check_codes(codes: Tensor, levels: Sequence[int], keep: Tensor | None) -> None:
     """Check that retained codes lie in the codebook (on the CPU, where reading them costs little)."""
-    if not _readable(codes):
+    if not is_readable(codes):
         return
     size = math.prod(levels)
     low, high = map(int, torch.aminmax(codes))

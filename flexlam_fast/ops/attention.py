@@ -22,7 +22,7 @@ from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops import arguments as check
 from flexlam_fast.ops import contracts, gradients
 
-SDPA, FLASH_ATTN, XFORMERS = "sdpa", "flash_attn", "xformers"
+SDPA, FLASH_ATTN, XFORMERS, TORCH_VARLEN = "sdpa", "flash_attn", "xformers", "torch_varlen"
 IMPLEMENTATIONS = (FLASH_ATTN, XFORMERS, SDPA, TRITON, REFERENCE)
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -75,15 +75,31 @@ def choose_attention(
     Raises:
         BackendError: there is no such implementation, or it was asked for by name and cannot run here.
     """
-    device = torch.device(device)
+    return choose_among(IMPLEMENTATIONS, (FLASH_ATTN, SDPA), torch.device(device), dtype, head_dim, implementation)
+
+
+def choose_among(
+    names: tuple[str, ...],
+    fastest: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    implementation: str,
+) -> AttentionChoice:
+    """Choose one of ``names``, or for ``auto`` the first of ``fastest`` that can run; dense or packed, by one rule.
+
+    Raises:
+        BackendError: there is no such implementation, or it was asked for by name and cannot run here.
+    """
     if implementation == AUTO:
-        problem = _problem(FLASH_ATTN, device, dtype, head_dim, load=True)
-        name, without = (SDPA, f" (without flash_attn: {problem})") if problem else (FLASH_ATTN, "")
-        kind = str(dtype).removeprefix("torch.")
+        problems = [(name, _problem(name, device, dtype, head_dim, load=True)) for name in fastest]
+        name = next(name for name, problem in problems if not problem)
+        left = "; ".join(f"{other}: {problem}" for other, problem in problems[: fastest.index(name)])
+        kind, without = str(dtype).removeprefix("torch."), f" (without {left})" if left else ""
         return AttentionChoice(name, f"the fastest on {device} in {kind}: {_WHAT[name]}{without}")
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join((AUTO, *IMPLEMENTATIONS))
-        raise BackendError(f"implementation: expected one of {names}, got {implementation!r}")
+    if implementation not in names:
+        told = ", ".join((AUTO, *names))
+        raise BackendError(f"implementation: expected one of {told}, got {implementation!r}")
     problem = _problem(implementation, device, dtype, head_dim, load=True)
     if problem:
         raise BackendError(f"implementation: expected one that runs here, got {implementation!r}: {problem}")
@@ -168,9 +184,16 @@ _RUN: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {
 _WHAT = {
     FLASH_ATTN: "the flash-attn package",
     XFORMERS: "the xformers package",
+    TORCH_VARLEN: "torch's own attention of packed sequences",
     SDPA: "torch's scaled_dot_product_attention",
     TRITON: "our Triton kernel, forward only",
     REFERENCE: "plain PyTorch with an explicit softmax",
+}
+#: Where each lives, the module that must load, and the step of head sizes it takes.
+_PACKAGES = {
+    FLASH_ATTN: ("flash_attn", "flash_attn", 1),
+    XFORMERS: ("xformers", "xformers.ops", 8),
+    TORCH_VARLEN: ("torch.nn.attention.varlen", "torch.nn.attention.varlen", 8),
 }
 _module = lru_cache(maxsize=8)(importlib.import_module)
 
@@ -208,25 +231,25 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
 
 
 def _package_problem(name: str, device: torch.device, kind: str, dtype: torch.dtype, head_dim: int) -> str:
-    most, step = (256, 1) if name == FLASH_ATTN else (256, 8)
-    if importlib.util.find_spec(name) is None:
-        return f"{name} is not installed"
+    package, _, step = _PACKAGES[name]
+    if importlib.util.find_spec(package) is None:
+        return f"{name} is not installed" if package == name else f"this torch has no {package}"
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"{name} needs a CUDA device" + ("" if device.type == "cuda" else f", not {device.type}")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{name} needs sm_80 or later"
     if dtype not in _HALVES:
         return f"{name} is for float16 and bfloat16 here, not for {kind}"
-    if head_dim > most or head_dim % step:
+    if head_dim > 256 or head_dim % step:
         multiples = f", multiples of {step}" if step > 1 else ""
-        return f"{name} takes head sizes up to {most}{multiples}, not {head_dim}"
+        return f"{name} takes head sizes up to 256{multiples}, not {head_dim}"
     return ""
 
 
 def _load_problem(name: str) -> str:
     """Packages built against another torch are found but do not load."""
     try:
-        _module({FLASH_ATTN: "flash_attn", XFORMERS: "xformers.ops"}[name])
+        _module(_PACKAGES[name][1])
     except (ImportError, OSError) as error:
         return f"it is installed but does not load: {' '.join(str(error).split())}"
     return ""
