@@ -6,14 +6,17 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu_features.h"
 #include "decode.h"
+#include "draws.h"
 #include "encoder.h"
 #include "engine.h"
+#include "frames.h"
 #include "fsq.h"
 #include "parallel.h"
 #include "prefill.h"
@@ -143,6 +146,47 @@ void norm_rows(Address x, Address weight, Address out, std::int64_t rows, std::i
 void swiglu_rows(Address x, Address out, std::int64_t rows, std::int64_t inner, int type, int threads,
                  const std::string& variant) {
     flexlam::swiglu_rows(at<const void>(x), at<void>(out), rows, inner, static_cast<flexlam::Float>(type), threads,
+                         variant);
+}
+
+void draw_normal(std::int64_t key, std::int64_t step, Address streams, Address out, std::int64_t rows, std::int64_t count,
+                 int threads, const std::string& variant) {
+    flexlam::draw_normal({static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(step),
+                          at<const std::int64_t>(streams), at<float>(out), rows, count},
+                         threads, variant);
+}
+
+void draw_words(std::int64_t key, std::int64_t step, Address streams, Address words, std::int64_t rows) {
+    flexlam::draw_words(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(step),
+                        at<const std::int64_t>(streams), at<std::int64_t>(words), rows);
+}
+
+using FrameSizes = std::array<std::int64_t, 5>;  // csrc/frames.h's FrameShape
+
+flexlam::FrameShape frame_shape(const FrameSizes& s) {
+    if (s[4] < 1 || s[4] > 256) throw std::invalid_argument("patch: expected 1..256, got " + std::to_string(s[4]));
+    return {s[0], s[1], s[2], s[3], s[4]};
+}
+
+void make_patches(const FrameSizes& sizes, int kind, Address now, Address following, Address noise, Address tau, Address out,
+                  int type, float gain, int threads, const std::string& variant) {
+    flexlam::make_patches({frame_shape(sizes), static_cast<flexlam::Patches>(kind), at<const std::uint8_t>(now),
+                           at<const std::uint8_t>(following), at<const float>(noise), at<const float>(tau), at<void>(out),
+                           static_cast<flexlam::Float>(type), gain},
+                          threads, variant);
+}
+
+double flow_loss(const FrameSizes& sizes, Address out, Address now, Address following, Address noise, Address tau,
+                 Address error, int type, float floor, int threads, const std::string& variant) {
+    return flexlam::flow_loss({frame_shape(sizes), at<const void>(out), at<const std::uint8_t>(now),
+                               at<const std::uint8_t>(following), at<const float>(noise), at<const float>(tau),
+                               at<void>(error), static_cast<flexlam::Float>(type), floor},
+                              threads, variant);
+}
+
+void scale_error(Address error, Address out, std::int64_t count, float scale, int type, int threads,
+                 const std::string& variant) {
+    flexlam::scale_error(at<const void>(error), at<void>(out), count, scale, static_cast<flexlam::Float>(type), threads,
                          variant);
 }
 
@@ -292,6 +336,17 @@ PYBIND11_MODULE(_C, m) {
              py::arg("chosen"), py::arg("logits"), py::arg("batch"), py::arg("budget"), py::arg("page"),
              py::arg("entries"), py::arg("pages"), py::arg("top_k"), py::arg("inverse"), py::arg("type"),
              py::arg("threads"), py::arg("variant") = "", "Generates `budget` codes of every session: BlockArgs.");
+    m.def("draw_normal", &draw_normal, free_gil, py::arg("key"), py::arg("step"), py::arg("streams"), py::arg("out"),
+          py::arg("rows"), py::arg("count"), py::arg("threads"), py::arg("variant") = "",
+          "Standard normal numbers from Philox4x32-10: DrawArgs.");
+    m.def("draw_words", &draw_words, free_gil, "One uniform word a stream: (key, step, streams, words, rows).");
+    m.def("make_patches", &make_patches, free_gil, py::arg("sizes"), py::arg("kind"), py::arg("now"), py::arg("following"),
+          py::arg("noise"), py::arg("tau"), py::arg("out"), py::arg("type"), py::arg("gain"), py::arg("threads"),
+          py::arg("variant") = "", "Frames to patches: PatchArgs; sizes are those of FrameShape.");
+    m.def("flow_loss", &flow_loss, free_gil, py::arg("sizes"), py::arg("out"), py::arg("now"), py::arg("following"),
+          py::arg("noise"), py::arg("tau"), py::arg("error"), py::arg("type"), py::arg("floor"), py::arg("threads"), py::arg("variant") = "", "The sum of squared errors of the flow's velocity: LossArgs.");
+    m.def("scale_error", &scale_error, free_gil, py::arg("error"), py::arg("out"), py::arg("count"), py::arg("scale"),
+          py::arg("type"), py::arg("threads"), py::arg("variant") = "", "A number times every element.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
 #ifdef FLEXLAM_CUDA
     py::class_<flexlam::CudaLevels>(m, "CudaLevels", "Constants of one level set, as kernel parameters.")

@@ -16,6 +16,39 @@ def cpu_features() -> dict[str, bool]: ...
 def build_info() -> BuildInfo: ...
 def chunk_tokens(slots: int, dim: int) -> int: ...
 def sample_prefix(seed: int, offset: int, edges: int, slots: int, keep: int, blocks: int) -> None: ...
+def draw_normal(
+    key: int, step: int, streams: int, out: int, rows: int, count: int, threads: int, variant: str = ""
+) -> None: ...
+def draw_words(key: int, step: int, streams: int, words: int, rows: int) -> None: ...
+def make_patches(
+    sizes: Sequence[int],
+    kind: int,
+    now: int,
+    following: int,
+    noise: int,
+    tau: int,
+    out: int,
+    type: int,
+    gain: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def flow_loss(
+    sizes: Sequence[int],
+    out: int,
+    now: int,
+    following: int,
+    noise: int,
+    tau: int,
+    error: int,
+    type: int,
+    floor: float,
+    threads: int,
+    variant: str = "",
+) -> float: ...
+def scale_error(
+    error: int, out: int, count: int, scale: float, type: int, threads: int, variant: str = ""
+) -> None: ...
 def linear(
     x: int,
     norm: int,

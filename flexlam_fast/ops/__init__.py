@@ -1,9 +1,12 @@
 """Operations with one visible fork each: check the arguments, pick the backend, call it."""
 
 from flexlam_fast.ops.attention import attention
+from flexlam_fast.ops.draws import draw_normal, draw_uniform
+from flexlam_fast.ops.flow_loss import flow_loss
 from flexlam_fast.ops.fsq import codes_to_latents, fsq, fsq_project, fsq_sample
 from flexlam_fast.ops.linear import linear_add, norm_linear, norm_swiglu
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
+from flexlam_fast.ops.patches import flow_patches, frame_patches, tubelets
 from flexlam_fast.ops.sampling import choose_codes, next_token
 from flexlam_fast.ops.translate import pack_translator, translate
 
@@ -12,6 +15,11 @@ __all__ = [
     "attention",
     "choose_codes",
     "codes_to_latents",
+    "draw_normal",
+    "draw_uniform",
+    "flow_loss",
+    "flow_patches",
+    "frame_patches",
     "fsq",
     "fsq_project",
     "fsq_sample",
@@ -22,5 +30,6 @@ __all__ = [
     "pack_translator",
     "paged_attention",
     "translate",
+    "tubelets",
     "write_pages",
 ]

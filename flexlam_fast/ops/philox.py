@@ -66,13 +66,18 @@ def draw(seed: Tensor, count: int) -> Tensor:
 
 def first_word(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
     """Return the first word of Philox4x32-10, int64, under ``key`` int64 at counters of four 32-bit words, int64."""
+    return words(key, c0, c1, c2, c3)[0]
+
+
+def words(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return all four words of Philox4x32-10; arguments as :func:`first_word`'s."""
     k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & MASK, (k1 + _KEY_STEPS[1]) & MASK
-    return c0
+    return c0, c1, c2, c3
 
 
 def sample_prefix(seed: Tensor, edges: Tensor, count: int) -> Tensor:
