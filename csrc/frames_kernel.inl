@@ -179,7 +179,7 @@ double flow_loss(const LossArgs& a, std::int64_t sample) {
     Planes now, next;
     alignas(64) char row[4 * widest] = {};
     const std::int64_t channels = a.shape.channels;
-    const float tau = a.tau[sample], left = 1.0f - tau, inverse = 1.0f / (left < a.floor ? a.floor : left);
+    const float tau = a.tau[sample], rest = 1.0f - tau < a.floor ? a.floor : 1.0f - tau, inverse = 1.0f / rest;
     vi lane{};
     for (int i = 0; i < V; ++i) lane[i] = i;
     double total = 0.0;
@@ -194,7 +194,7 @@ double flow_loss(const LossArgs& a, std::int64_t sample) {
             for (std::int64_t i = 0; i < p.count; i += V) {
                 const vf noise = load_part(a.noise + p.noise(c) + i, p.count - i), frame = normal(there + i);
                 vf velocity = read(row, a.type, i);
-                if (a.now) velocity = (normal(here + i) + velocity - mixed(frame, noise, tau)) * inverse;
+                if (a.now) velocity = (normal(here + i) + velocity - mixed(frame, noise, tau)) / rest;
                 vf error = velocity - (frame - noise);
                 error = pick<vf>(lane + static_cast<std::int32_t>(i) < static_cast<std::int32_t>(p.count), error, vf{});
                 sums[i / V % (lanes / V)] += error * error;

@@ -46,9 +46,7 @@ def flow_loss(
     threads: int,
     variant: str = "",
 ) -> float: ...
-def scale_error(
-    error: int, out: int, count: int, scale: float, type: int, threads: int, variant: str = ""
-) -> None: ...
+def scale_error(error: int, out: int, count: int, scale: float, type: int, threads: int, variant: str = "") -> None: ...
 def linear(
     x: int,
     norm: int,

@@ -1,8 +1,8 @@
 """Between stored frames and tokens: patches, and the flow's loss on patches; every input is read once.
 
 A program takes a piece of one sample's patch elements in their own order, so that results, noise and what the decoder
-said move in words of 16 bytes; the bytes of frames are gathered, three times as far apart as they are wide, out of lines
-that the program reads in full. The launcher turns fused multiply-adds off, because plain PyTorch rounds one by one.
+said move in words of 16 bytes; the bytes of frames are gathered, each three bytes from the next, out of lines that the
+program reads in full. The launcher turns fused multiply-adds off, because plain PyTorch rounds one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FRAME, TUBELETS, FLOW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _pixel(frames_ptr, at, mask):
-    """Return ``uint8 / 127.5 - 1`` rounded as the division rounds it: by the reciprocal in two parts, the first exact."""
+    """Return ``uint8 / 127.5 - 1`` rounded as the division rounds it: by the reciprocal in two parts."""
     u = tl.load(frames_ptr + at, mask=mask, other=0).to(tl.float32)
     return (u * 0.007843017578125 + u * 1.1967678403834725e-07) - 1.0
 
@@ -29,7 +29,11 @@ def _place(element, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.cons
     channel, row, column = field // (PATCH * PATCH), field // PATCH % PATCH, field % PATCH
     y = token // (WIDTH // PATCH) * PATCH + row
     x = token % (WIDTH // PATCH) * PATCH + column
-    return token, field, (y * WIDTH + x) * CHANNELS + channel, (channel * HEIGHT + y) * WIDTH + x
+    noise = (channel * HEIGHT + y) * WIDTH + x
+    # pixels of a patch's row stand one behind the other in noise: said here, because the divisions hide it
+    if PATCH % 4 == 0:
+        noise = tl.max_contiguous(tl.multiple_of(noise, 4), 4)
+    return token, field, (y * WIDTH + x) * CHANNELS + channel, noise
 
 
 @triton.jit
@@ -41,7 +45,7 @@ def _mixed(frame, noise, tau):
 def patches_kernel(now_ptr, following_ptr, noise_ptr, tau_ptr, out_ptr, gain, KIND: tl.constexpr, HEIGHT: tl.constexpr,
                    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
                    INTERPRET: tl.constexpr):  # fmt: skip
-    """One piece of one sample: ``out [B, N, F]`` with the fields of one frame, or of two images one behind the other."""
+    """One piece of one sample: ``out [B, N, F]`` of one frame, or of two images one behind the other."""
     # where am I
     ELEMENTS: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     FIELDS: tl.constexpr = CHANNELS * PATCH * PATCH
@@ -82,7 +86,7 @@ def flow_loss_kernel(out_ptr, now_ptr, following_ptr, noise_ptr, tau_ptr, error_
                      CHANGE: tl.constexpr, WITH_ERROR: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                      CHANNELS: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
                      INTERPRET: tl.constexpr):  # fmt: skip
-    """One piece of one sample: the sum of its squared errors, and what the gradient of ``out`` is a multiple of."""
+    """One piece of one sample: the fp64 sum of its squared errors, and what ``out``'s gradient is a multiple of."""
     # where am I
     ELEMENTS: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     PIECES: tl.constexpr = (ELEMENTS + BLOCK - 1) // BLOCK
@@ -100,28 +104,32 @@ def flow_loss_kernel(out_ptr, now_ptr, following_ptr, noise_ptr, tau_ptr, error_
     weight = 1.0
     if CHANGE:
         tau = tl.load(tau_ptr + sample)
-        weight = 1.0 / tl.maximum(1.0 - tau, floor)
+        rest = tl.maximum(1.0 - tau, floor)
+        weight = tl.div_rn(1.0, rest)
         frame = _pixel(now_ptr + sample * ELEMENTS, pixel, mask)
-        velocity = (frame + velocity - _mixed(after, noise, tau)) * weight
+        velocity = tl.div_rn(frame + velocity - _mixed(after, noise, tau), rest)
     error = tl.where(mask, velocity - (after - noise), 0.0)
 
     # store
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(error * error, axis=0))
+    tl.store(sums_ptr + tl.program_id(0), tl.sum((error * error).to(tl.float64), axis=0))
     if WITH_ERROR:
         down = round_to(error * weight, error_ptr.dtype.element_ty, INTERPRET)
         tl.store(error_ptr + sample * ELEMENTS + element, down, mask=mask)
 
 
 @triton.jit
-def scale_kernel(grad_ptr, error_ptr, out_ptr, count, share, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
-    """``out = error * (share * grad)``."""
+def scale_kernel(grad_ptr, error_ptr, out_ptr, count, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    """``out = error * (2 * grad / count)``."""
     # where am I
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
 
     # load
     error = tl.load(error_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(grad_ptr).to(tl.float32) * share
+    grad = tl.load(grad_ptr).to(tl.float32)
 
-    # compute in fp32, store
-    tl.store(out_ptr + at, round_to(error * scale, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    # compute in fp32
+    down = error * tl.div_rn(2.0 * grad, count.to(tl.float32))
+
+    # store
+    tl.store(out_ptr + at, round_to(down, out_ptr.dtype.element_ty, INTERPRET), mask=mask)

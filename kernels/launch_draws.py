@@ -20,7 +20,14 @@ def draw_noise(seed: Tensor, streams: Tensor, count: int) -> Tensor:
     if out.numel():
         with _on(out.device):
             kernels.normal_kernel[(rows * pieces,)](
-                seed.contiguous(), streams.contiguous(), out, count, pieces, BLOCKS=kernels.BLOCKS, num_warps=4, **OPTIONS
+                seed.contiguous(),
+                streams.contiguous(),
+                out,
+                count,
+                pieces,
+                BLOCKS=kernels.BLOCKS,
+                num_warps=4,
+                **OPTIONS,
             )
     return out
 

@@ -1,6 +1,6 @@
 """Launchers between frames and tokens: tensors to kernels, one launch a call (and a short sum behind the loss).
 
-Arguments are checked. Nothing here waits for the device or reads from it, so that calls can be captured in a CUDA graph.
+Arguments are checked. Nothing waits for the device or reads from it, so that calls can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def flow_loss(
     out, following = out.contiguous(), following.contiguous()
     error = out.new_empty(out.shape if with_error else 0)
     grid = _grid(following)
-    sums = torch.empty(grid, dtype=torch.float32, device=out.device)
+    sums = torch.empty(grid, dtype=torch.float64, device=out.device)
     if out.numel():
         reads = [following if now is None else now.contiguous(), following, noise.contiguous(), tau.contiguous()]
         flags = dict(CHANGE=now is not None, WITH_ERROR=with_error, **_sizes(following, patch), **OPTIONS)
         with _on(out.device):
             kernels.flow_loss_kernel[grid](out, *reads, error if with_error else out, sums, floor, **flags)
-    return sums.sum() / out.numel() if out.numel() else sums.new_full((), torch.nan), error
+    return (sums.sum() / out.numel()).float(), error  # NaN of nothing, as a mean is
 
 
 def scale_error(grad: Tensor, error: Tensor) -> Tensor:
@@ -69,9 +69,7 @@ def scale_error(grad: Tensor, error: Tensor) -> Tensor:
     out, count = torch.empty_like(error), error.numel()
     if count:
         with _on(error.device):
-            kernels.scale_kernel[(triton.cdiv(count, kernels.BLOCK),)](
-                grad.contiguous(), error, out, count, 2.0 / count, **OPTIONS
-            )
+            kernels.scale_kernel[(triton.cdiv(count, kernels.BLOCK),)](grad.contiguous(), error, out, count, **OPTIONS)
     return out
 
 

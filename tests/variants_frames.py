@@ -19,7 +19,7 @@ def patches(kind: str, what: int, patch: int) -> Variant:
 
 
 def loss(kind: str, change: bool, with_error: bool) -> Variant:
-    pointers = {"out_ptr": kind} | INPUTS | {"error_ptr": kind, "sums_ptr": "fp32"}
+    pointers = {"out_ptr": kind} | INPUTS | {"error_ptr": kind, "sums_ptr": "fp64"}
     constants = dict(CHANGE=change, WITH_ERROR=with_error, PATCH=4) | FRAME
     return Variant(frames.flow_loss_kernel, pointers, {"floor": "fp32"}, constants, 4)
 
@@ -27,7 +27,7 @@ def loss(kind: str, change: bool, with_error: bool) -> Variant:
 def scale(kind: str) -> Variant:
     pointers = {"grad_ptr": "fp32", "error_ptr": kind, "out_ptr": kind}
     constants = dict(BLOCK=frames.BLOCK, INTERPRET=False)
-    return Variant(frames.scale_kernel, pointers, {"count": "i32", "share": "fp32"}, constants, 4, ("count",))
+    return Variant(frames.scale_kernel, pointers, {"count": "i32"}, constants, 4, ("count",))
 
 
 def variants() -> Iterator[tuple[str, Variant]]:

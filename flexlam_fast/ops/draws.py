@@ -27,7 +27,7 @@ from flexlam_fast.ops.sampling import _log
 _HIGH = 1 << 31
 _UNIFORM_BLOCK = _HIGH - 1  # the last block: no sample has that much noise
 _TURN = 1.4629180792671596e-09  # 2 pi / 2^32, rounded to fp32 where it is used
-#: (sin(x) / x - 1) / x^2 and (cos(x) - 1 + x^2 / 2) / x^4 from x^4 down, fits of our own: 4e-9 off at most, |x| < pi / 4.
+#: (sin(x) / x - 1) / x^2 and (cos(x) - 1 + x^2 / 2) / x^4 from x^4 down, our own fits, 4e-9 off at most to pi / 4.
 _SINE = (-0.0001951729936990887, 0.008332177996635437, -0.16666655242443085)
 _COSINE = (2.4438451873720624e-05, -0.001388736767694354, 0.04166664555668831)
 _MOST = 1 << 32  # numbers of a sample
@@ -41,8 +41,8 @@ def draw_normal(seed: Tensor, streams: Tensor, count: int, *, backend: str | Non
             have changed there.
         streams: int64 ``[B]`` on ``seed``'s device: which numbers each sample has, whatever batch it is in.
         count: numbers of a sample; with another ``count`` the first ones are the same.
-        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and C++
-            on a CPU.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and
+            C++ on a CPU.
 
     Returns:
         fp32 ``[B, count]``, no gradient; the same bits on every backend.

@@ -46,11 +46,11 @@ def flow_loss(
         following: ``o_{t+1}``, like ``now``.
         noise: fp32 ``[B, C H W]``, pixels in the order ``[C, H, W]``.
         tau: flow times, fp32 ``[B]``.
-        predict: what ``out`` is: ``"velocity"``, or ``"frame"``, the change from ``o_t`` to the clean frame; the velocity
-            is then ``(o_t + out - x_tau) / max(1 - tau, floor)``.
+        predict: what ``out`` is: ``"velocity"``, or ``"frame"``, the change from ``o_t`` to the clean frame; the
+            velocity is then ``(o_t + out - x_tau) / max(1 - tau, floor)``.
         floor: least time left; of ``"frame"`` only.
-        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and C++
-            on a CPU.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and
+            C++ on a CPU.
 
     Returns:
         fp32 ``[]`` (fp64 for an fp64 ``out``); NaN for an empty batch, as a mean is.
@@ -81,9 +81,7 @@ def reference(
     return (velocity - patches_of(after - start, patch)).square().mean()
 
 
-def _check(
-    out: Tensor, now: Tensor, following: Tensor, noise: Tensor, tau: Tensor, predict: str, floor: float
-) -> int:
+def _check(out: Tensor, now: Tensor, following: Tensor, noise: Tensor, tau: Tensor, predict: str, floor: float) -> int:
     """Check everything; return the side of a patch."""
     check_tensor("out", out, ["B", "N", "F"], FLOATS)
     check_frames("now", now, 1)

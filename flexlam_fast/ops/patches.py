@@ -35,8 +35,8 @@ def frame_patches(
         frames: uint8 ``[B, H, W, C]``.
         patch: side of a patch in pixels, at most 256, which divides ``H`` and ``W``.
         dtype: floating dtype of the result, rounded once.
-        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and C++
-            on a CPU.
+        backend: ``"reference"``, ``"triton"`` or, on a CPU, ``"native"``; None or ``"auto"`` takes Triton on CUDA and
+            C++ on a CPU.
 
     Returns:
         ``[B, (H/p)(W/p), C p p]`` in ``dtype``, no gradient.
