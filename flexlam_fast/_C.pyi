@@ -91,6 +91,30 @@ def norm_rows(
 ) -> None: ...
 def swiglu_rows(x: int, out: int, rows: int, inner: int, type: int, threads: int, variant: str = "") -> None: ...
 
+def self_attention(
+    tensors: Sequence[tuple[int, int, int, int]],
+    lse: int,
+    mask: int,
+    sizes: Sequence[int],
+    type: int,
+    causal: bool,
+    scale: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def self_attention_backward(
+    tensors: Sequence[tuple[int, int, int, int]],
+    grads: Sequence[tuple[int, int, int, int]],
+    lse: int,
+    mask: int,
+    sizes: Sequence[int],
+    type: int,
+    causal: bool,
+    scale: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+
 class EncoderEngine:
     def __init__(
         self,
