@@ -213,16 +213,21 @@ void add_block(const SelfArgs& a, const SelfGrads& g, Block& block, std::int64_t
     block.each_run(b, [&](std::int64_t t, std::int64_t rows) {
         product<false>(block.v + t * a.dim, a.dim, 1, rows, a.dim, turned, lanes, ds + t * lanes, lanes);
     });
-    // the sum over dims of gradient times result is this sum over keys, whose rounding fits what it is taken from
-    vf delta[parts] = {};
+    // The log-sum-exp is rounded: of scores near 1,000 the weights would all be wrong by 3e-5, so they are divided by their
+    // sum. The sum over dims of gradient times result is a sum over keys too, of the very numbers it is taken from.
+    vf total[parts] = {}, delta[parts] = {};
     block.each_row(b, [&](std::int64_t t, int j, vi seen) {
         float* at = weights + t * lanes + j * V;
         const vf p = pick<vf>(seen, exp_below(load<vf>(at) - load<vf>(log_sums + j * V)), vf{});
-        store(at, p), delta[j] += pick<vf>(seen, p * load<vf>(ds + t * lanes + j * V), vf{});
+        store(at, p), total[j] += p, delta[j] += pick<vf>(seen, p * load<vf>(ds + t * lanes + j * V), vf{});
     });
+    for (int j = 0; j < parts; ++j) {
+        total[j] = pick<vf>(total[j] == vf{}, vf{}, 1.0f / total[j]), delta[j] *= total[j];
+    }
     block.each_row(b, [&](std::int64_t t, int j, vi seen) {
         const std::int64_t at = t * lanes + j * V;
-        store(ds + at, pick<vf>(seen, load<vf>(weights + at) * (load<vf>(ds + at) - delta[j]), vf{}));
+        const vf p = load<vf>(weights + at) * total[j];
+        store(weights + at, p), store(ds + at, pick<vf>(seen, p * (load<vf>(ds + at) - delta[j]), vf{}));
     });
     std::fill_n(dq, lanes * a.dim, 0.0f);
     block.each_run(b, [&](std::int64_t t, std::int64_t rows) {

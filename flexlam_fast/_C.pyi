@@ -92,7 +92,7 @@ def norm_rows(
 def swiglu_rows(x: int, out: int, rows: int, inner: int, type: int, threads: int, variant: str = "") -> None: ...
 
 def self_attention(
-    tensors: Sequence[tuple[int, int, int, int]],
+    tensors: Sequence[tuple[int, ...]],
     lse: int,
     mask: int,
     sizes: Sequence[int],
@@ -103,8 +103,8 @@ def self_attention(
     variant: str = "",
 ) -> None: ...
 def self_attention_backward(
-    tensors: Sequence[tuple[int, int, int, int]],
-    grads: Sequence[tuple[int, int, int, int]],
+    tensors: Sequence[tuple[int, ...]],
+    grads: Sequence[tuple[int, ...]],
     lse: int,
     mask: int,
     sizes: Sequence[int],

@@ -5,6 +5,7 @@ from flexlam_fast.ops.fsq import codes_to_latents, fsq, fsq_project, fsq_sample
 from flexlam_fast.ops.linear import linear_add, norm_linear, norm_swiglu
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.ops.sampling import choose_codes, next_token
+from flexlam_fast.ops.self_attention import self_attention, self_attention_packed
 from flexlam_fast.ops.translate import pack_translator, translate
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "norm_swiglu",
     "pack_translator",
     "paged_attention",
+    "self_attention",
+    "self_attention_packed",
     "translate",
     "write_pages",
 ]

@@ -35,7 +35,7 @@ def backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: tuple[Tensor, ...],
 ) -> None:
     """Write the gradients of ``q``, ``k`` and ``v`` into three tensors of their shapes, whose ``D`` are neighbours."""
     if not out.numel():
@@ -56,7 +56,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _places(*tensors: Tensor) -> list[tuple[int, int, int, int]]:
+def _places(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Address, then elements from a session, a token and a head to the next."""
     return [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
 
 

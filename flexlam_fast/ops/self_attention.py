@@ -1,8 +1,8 @@
 """Attention over whole sequences with a gradient, for training: encoder, decoder and sequence model (design section 2).
 
-The C++ of ``csrc/attention_train.h`` reads queries, keys and values where the projection left them, keeps the log-sum-exp
-of each query instead of the probabilities, and forms these again for the gradient. On a GPU ``auto`` is torch's own
-fused attention, which has FlashAttention-2 inside.
+The C++ of ``csrc/attention_train.h`` reads queries, keys and values where the projection left them, keeps the
+log-sum-exp of each query instead of the probabilities, and forms these again for the gradient. On a GPU ``auto`` is
+torch's own fused attention, which has FlashAttention-2 inside.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def self_attention_packed(
     name = _pick(backend or AUTO, q.device, q.dtype, q.shape[-1])
     if name == NATIVE:
         return _attend_packed(qkv, _bytes(mask), causal, scale)[0]
-    return (_fused if name == _TORCH else reference)(*qkv.unbind(2), mask, causal, scale)
+    q, k, v = qkv.unbind(2)
+    return (_fused if name == _TORCH else reference)(q, k, v, mask, causal, scale)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -161,7 +162,8 @@ def attend_self_backward(
 
 def attend_packed(qkv: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """:func:`attend_self` of ``[B, N, 3, H, D]``."""
-    return attend_self(*qkv.unbind(2), mask, causal, scale)
+    q, k, v = qkv.unbind(2)
+    return attend_self(q, k, v, mask, causal, scale)
 
 
 def attend_packed_backward(
@@ -169,8 +171,8 @@ def attend_packed_backward(
 ) -> Tensor:
     """Gradient of ``[B, N, 3, H, D]``, contiguous."""
     into = qkv.new_empty(qkv.shape)
-    parts: Any = into.unbind(2)
-    native_attention.backward(compiled(NATIVE), grad, *qkv.unbind(2), mask, out, lse, causal, scale, parts)
+    q, k, v = qkv.unbind(2)
+    native_attention.backward(compiled(NATIVE), grad, q, k, v, mask, out, lse, causal, scale, into.unbind(2))
     return into
 
 
@@ -200,7 +202,10 @@ def _backward_of_packed(ctx: Any, grad: Tensor, _: Any) -> Any:
     return _backward_packed(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
 
 
-_REST, _KEPT = "Tensor? mask, bool causal, float scale", "Tensor? mask, Tensor out, Tensor lse, bool causal, float scale"
+_REST, _KEPT = (
+    "Tensor? mask, bool causal, float scale",
+    "Tensor? mask, Tensor out, Tensor lse, bool causal, float scale",
+)
 _backward_self = define_plain(
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, {_KEPT}) -> (Tensor, Tensor, Tensor)",
     attend_self_backward,
@@ -242,9 +247,10 @@ def _known_pick(backend: str, device: torch.device, dtype: torch.dtype, dim: int
     if backend == AUTO:
         there = {status.name for status in backends.probe(device) if status.available}
         return (NATIVE if NATIVE in there and takes else REFERENCE) if on_cpu else _TORCH
-    if backend not in (REFERENCE, NATIVE) and backend in backends.NAMES or backend == NATIVE and not on_cpu:
-        where = "'reference' or 'native' for this op" if on_cpu else f"'auto' or 'reference' for this op on {device.type}"
-        raise BackendError(f"backend: expected {where}, got {backend!r}")
+    ours = (REFERENCE, NATIVE) if on_cpu else (REFERENCE,)
+    if backend in backends.NAMES and backend not in ours:
+        names = " or ".join(repr(name) for name in (AUTO, *ours))
+        raise BackendError(f"backend: expected {names} for this op on {device.type}, got {backend!r}")
     name = backends.choose(backend, device).name
     if name == NATIVE and not takes:
         wanted, got = "float32, float16 or bfloat16 and a head of whole 16s up to 128", str(dtype).split(".")[1]
