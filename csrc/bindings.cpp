@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_train.h"
 #include "cpu_features.h"
 #include "decode.h"
 #include "draws.h"
@@ -257,6 +258,34 @@ void generate(flexlam::SequenceEngine& engine, Address k, Address v, Address tab
                     threads, variant);
 }
 
+using Place = std::array<std::int64_t, 4>;  // address, then elements from a session, a token and a head to the next
+
+flexlam::View view(const Place& p) { return {at<void>(static_cast<Address>(p[0])), p[1], p[2], p[3]}; }
+
+flexlam::SelfArgs self_args(const std::array<Place, 4>& tensors, Address lse, Address mask,
+                            const std::array<std::int64_t, 6>& sizes, int type, bool causal, float scale) {
+    return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), at<float>(lse),
+            at<const std::uint8_t>(mask), causal, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+            static_cast<flexlam::Float>(type), scale};
+}
+
+void self_attention(const std::array<Place, 4>& tensors, Address lse, Address mask,
+                    const std::array<std::int64_t, 6>& sizes, int type, bool causal, float scale, int threads,
+                    const std::string& variant) {
+    const auto args = self_args(tensors, lse, mask, sizes, type, causal, scale);
+    py::gil_scoped_release free_gil;
+    flexlam::self_attention(args, threads, variant);
+}
+
+void self_attention_backward(const std::array<Place, 4>& tensors, const std::array<Place, 4>& grads, Address lse,
+                             Address mask, const std::array<std::int64_t, 6>& sizes, int type, bool causal, float scale,
+                             int threads, const std::string& variant) {
+    const auto args = self_args(tensors, lse, mask, sizes, type, causal, scale);
+    py::gil_scoped_release free_gil;
+    flexlam::self_attention_backward(args, {view(grads[0]), view(grads[1]), view(grads[2]), view(grads[3])}, threads,
+                                     variant);
+}
+
 #ifdef FLEXLAM_CUDA
 void forward_cuda(const flexlam::CudaLevels& levels, Address z, Address latents, Address codes, std::int64_t tokens,
                   int type, std::int64_t slots, Address keep, Address null, Address stream) {
@@ -349,6 +378,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("noise"), py::arg("tau"), py::arg("error"), py::arg("type"), py::arg("floor"), py::arg("threads"), py::arg("variant") = "", "The sum of squared errors of the flow's velocity: LossArgs.");
     m.def("scale_error", &scale_error, free_gil, py::arg("error"), py::arg("out"), py::arg("count"), py::arg("scale"),
           py::arg("type"), py::arg("threads"), py::arg("variant") = "", "A number times every element.");
+    m.def("self_attention", &self_attention, py::arg("tensors"), py::arg("lse"), py::arg("mask"), py::arg("sizes"),
+          py::arg("type"), py::arg("causal"), py::arg("scale"), py::arg("threads"), py::arg("variant") = "",
+          "Attention for training: SelfArgs; q, k, v and out as (address, strides of session, token and head).");
+    m.def("self_attention_backward", &self_attention_backward, py::arg("tensors"), py::arg("grads"), py::arg("lse"),
+          py::arg("mask"), py::arg("sizes"), py::arg("type"), py::arg("causal"), py::arg("scale"), py::arg("threads"),
+          py::arg("variant") = "", "Its gradient: SelfArgs and SelfGrads.");
     m.def("sample_prefix", &sample, free_gil, "Retained lengths from Philox4x32-10.");
     bind_rows(m);
     bind_sequence_ops(m);

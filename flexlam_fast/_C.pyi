@@ -179,6 +179,30 @@ def loss_backward(
     variant: str = "",
 ) -> None: ...
 
+def self_attention(
+    tensors: Sequence[tuple[int, ...]],
+    lse: int,
+    mask: int,
+    sizes: Sequence[int],
+    type: int,
+    causal: bool,
+    scale: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def self_attention_backward(
+    tensors: Sequence[tuple[int, ...]],
+    grads: Sequence[tuple[int, ...]],
+    lse: int,
+    mask: int,
+    sizes: Sequence[int],
+    type: int,
+    causal: bool,
+    scale: float,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+
 class EncoderEngine:
     def __init__(
         self,

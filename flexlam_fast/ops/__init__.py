@@ -11,6 +11,7 @@ from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.ops.patches import flow_patches, frame_patches, tubelets
 from flexlam_fast.ops.rms_norm import rms_norm
 from flexlam_fast.ops.sampling import choose_codes, next_token
+from flexlam_fast.ops.self_attention import self_attention, self_attention_packed
 from flexlam_fast.ops.translate import pack_translator, translate
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "swiglu",
+    "self_attention",
+    "self_attention_packed",
     "translate",
     "tubelets",
     "write_pages",
