@@ -118,6 +118,22 @@ def test_rms_norm_rounds_where_the_module_does(way: Way) -> None:
         module.float()
 
 
+@every_way
+def test_eps_is_added_to_the_variance(way: Way) -> None:
+    x, shift, scale = leaves(OPS["adaln"].make(2, 3, 40), way.device)
+    with torch.no_grad():
+        x[0, 0] = 0
+    for run in (
+        lambda backend: ops.adaln(x, shift, scale, eps=0.5, backend=backend),
+        lambda backend: ops.layer_norm(x, scale[0], shift[0], eps=0.5, backend=backend),
+        lambda backend: ops.rms_norm(x, scale[0], 0.5, backend=backend),
+    ):
+        ours, theirs = run(way.backend), run("reference")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 @every_op
 @every_way
 def test_strides_change_no_bit(way: Way, name: str) -> None:
@@ -137,7 +153,10 @@ def test_strides_change_no_bit(way: Way, name: str) -> None:
     def turned(t: Tensor) -> Tensor:
         return t.detach().movedim(-1, 0).contiguous().movedim(0, -1)
 
-    for layout in (tokens, columns, turned):
+    def alone(t: Tensor) -> Tensor:
+        return tokens(t) if t is args[-1] else t.detach().clone()
+
+    for layout in (tokens, columns, turned, alone):
         strided = [layout(t).requires_grad_() for t in args]
         out = OPS[name].run(*strided, backend=way.backend)
         found = [out, *gradients(out, strided, torch.ones(()).expand(size))]
@@ -253,7 +272,7 @@ def test_neither_threads_nor_company_change_a_bit(way: Way, name: str) -> None:
 
 @every_way
 def test_sums_have_one_order(way: Way) -> None:
-    """Again and again the same bits; and sums that a few large numbers cancel in are those of fp32, not of the dtype."""
+    """Again and again the same bits; and what large numbers leave when they cancel is that of fp32 sums."""
     x, shift, scale = leaves(OPS["adaln"].make(2, 400, 24), way.device, torch.bfloat16)
     grad = (100 * numbers(2, 400, 24, seed=9)).to(way.device, torch.bfloat16)
     runs = []
