@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rows_cases import EPS, OPS, Way, every_backend, every_op, force, gradients, leaves, numbers
 
 from flexlam_fast import ops
 from flexlam_fast.errors import BackendError, InputError
+from flexlam_fast.ops import row_norm
 from flexlam_fast.ops.contracts import compiled as code_of
+from flexlam_fast.sequence.model import RMSNorm
 
 HERE = Path(__file__).parent
 REGISTERED = torch.ops.flexlam_fast
@@ -106,6 +109,27 @@ def test_only_what_has_a_gradient_is_kept(way: Way) -> None:
         assert not ops.adaln(x, shift, scale, backend=way.backend).requires_grad
     frozen = ops.gate_add(x.detach(), x, scale.detach(), backend=way.backend)
     assert torch.equal(torch.autograd.grad(frozen.sum(), x)[0], scale.unsqueeze(1).expand_as(x))
+
+
+def test_gradcheck_of_the_reference() -> None:
+    for name, op in OPS.items():
+        args = [t.double().requires_grad_() for t in op.make(2, 3, 4)]
+        assert torch.autograd.gradcheck(lambda *t, op=op: op.run(*t, backend="reference"), args), name
+
+
+def test_the_reference_is_the_modules_arithmetic() -> None:
+    """What decoder, encoder and sequence model compute without these ops, in fp64 to the last bits."""
+    x, shift, scale = (t.double() for t in OPS["adaln"].make(2, 3, 8))
+    plain = F.layer_norm(x, (8,), eps=EPS) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    torch.testing.assert_close(ops.adaln(x, shift, scale, eps=EPS), plain, rtol=1e-14, atol=1e-14)
+    norm = RMSNorm(8, EPS).double()
+    assert torch.equal(ops.rms_norm(x, norm.weight, EPS), norm(x))
+    gate = scale.unsqueeze(1)
+    assert torch.equal(ops.gate_add(x, 2 * x, scale), x + gate * (2 * x))
+    layer = torch.nn.LayerNorm(8).double()
+    assert torch.equal(ops.layer_norm(x, layer.weight, layer.bias), layer(x))
+    assert torch.equal(ops.swiglu(x, plain), F.silu(x) * plain)
+    assert row_norm.reference(x, shift[0], None, EPS, False, False, torch.float32).dtype == torch.float32
 
 
 X, SHIFT, SCALE = OPS["adaln"].make(2, 3, 8)
