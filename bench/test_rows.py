@@ -1,7 +1,7 @@
 """Norms, gated sums and activations of a training step, forward and backward, beside PyTorch as the modules write them.
 
-Dtypes are those of a step under autocast: the residual stream fp32, linear layers and what goes between them bf16. On a CPU
-the sizes are those of the ``tiny`` preset, on a GPU those of ``dmlab``.
+Dtypes are those of a step under autocast: the residual stream fp32, linear layers and what goes between them bf16. On a
+CPU the sizes are those of the ``tiny`` preset, on a GPU those of ``dmlab``.
 """
 
 from __future__ import annotations
