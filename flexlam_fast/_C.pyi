@@ -203,6 +203,59 @@ def self_attention_backward(
     variant: str = "",
 ) -> None: ...
 
+_Place = tuple[int, int, int, int]
+_Size = tuple[int, int, int]
+
+def row_norm(
+    x: _Place,
+    scale: _Place,
+    shift: _Place,
+    out: _Place,
+    stats: int,
+    size: _Size,
+    eps: float,
+    center: bool,
+    one: bool,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def row_norm_backward(
+    grad: _Place,
+    x: _Place,
+    scale: _Place,
+    stats: int,
+    dx: _Place,
+    dscale: _Place,
+    dshift: _Place,
+    size: _Size,
+    center: bool,
+    one: bool,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+def gate_add(x: _Place, y: _Place, gate: _Place, out: _Place, size: _Size, threads: int, variant: str = "") -> None: ...
+def gate_add_backward(
+    grad: _Place, y: _Place, gate: _Place, dy: _Place, dgate: _Place, size: _Size, threads: int, variant: str = ""
+) -> None: ...
+def gelu(
+    grad: int, x: int, out: int, rows: int, width: int, last: int, type: int, threads: int, variant: str = ""
+) -> None: ...
+def swiglu(
+    grad: int,
+    gate: int,
+    up: int,
+    out: int,
+    other: int,
+    rows: int,
+    width: int,
+    last: int,
+    gate_row: int,
+    up_row: int,
+    type: int,
+    threads: int,
+    variant: str = "",
+) -> None: ...
+
 class EncoderEngine:
     def __init__(
         self,

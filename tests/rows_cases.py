@@ -36,6 +36,7 @@ def named(way: Way) -> str:
 
 
 every_way = pytest.mark.parametrize("way", WAYS, ids=named, indirect=True)
+every_backend = pytest.mark.parametrize("way", [Way(*run) for run in KERNELS], ids=named, indirect=True)
 every_native = pytest.mark.parametrize("way", NATIVE, ids=named, indirect=True)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from variants import TYPES, Variant
-
 from flexlam_fast.kernels import activation, modulate
+from variants import TYPES, Variant
 
 BATCH, TOKENS, WIDTH = 256, 320, 192  # the decoder's; 256 sequences of 2,496 tokens for the sequence model's norms
 #: name: groups, rows, width, center, one, shift
