@@ -197,6 +197,22 @@ def test_the_weights_gradients_repeat_to_the_bit(backend: str, device: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_more_tiles_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("flexlam_fast.kernels.launch_rotary")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    c = case((3, 70, 4, 2, 16), torch.float32, device=device)
+    tile = launch.kernels.tile_of(4, 2, 8)
+    assert 3 * 70 > 3 * 2 * tile.rows, "each of two programs has several tiles"
+    monkeypatch.setattr(launch.kernels, "PROGRAMS", 2)
+    check(c, *run(c, "triton"), torch.float32)
+
+
+@needs_extension
+def test_more_pieces_than_two() -> None:
+    c = case((3, 70, 4, 2, 16), torch.float32)
+    check(c, *run(c, "native"), torch.float32)
+
+
 @every_run
 def test_opcheck_and_one_graph_under_torch_compile(backend: str, device: str) -> None:
     c = case((1, 4, 2, 1, 8), torch.float32, device=device)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from varlen_cases import DEVICE, LENGTHS, PACKAGES, dense, gradient, starts_of, tensors, visible
 
 from flexlam_fast.errors import BackendError, InputError

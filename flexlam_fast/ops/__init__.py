@@ -10,9 +10,13 @@ from flexlam_fast.ops.modulate import adaln, gate_add, layer_norm
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.ops.patches import flow_patches, frame_patches, tubelets
 from flexlam_fast.ops.rms_norm import rms_norm
+from flexlam_fast.ops.loss import cross_entropy
+from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
+from flexlam_fast.ops.rotary import qk_norm_rope
 from flexlam_fast.ops.sampling import choose_codes, next_token
 from flexlam_fast.ops.self_attention import self_attention, self_attention_packed
 from flexlam_fast.ops.translate import pack_translator, translate
+from flexlam_fast.ops.varlen import varlen_attention
 
 __all__ = [
     "adaln",
@@ -25,6 +29,7 @@ __all__ = [
     "flow_loss",
     "flow_patches",
     "frame_patches",
+    "cross_entropy",
     "fsq",
     "fsq_project",
     "fsq_sample",
@@ -43,5 +48,8 @@ __all__ = [
     "self_attention_packed",
     "translate",
     "tubelets",
+    "qk_norm_rope",
+    "translate",
+    "varlen_attention",
     "write_pages",
 ]
