@@ -1,4 +1,4 @@
-"""From stored frames to tokens, the flow's loss and its noise at a training batch of ``dmlab``, beside plain PyTorch."""
+"""From stored frames to tokens, the flow's loss and its noise, at a training batch of ``dmlab``, beside PyTorch."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def test_loader(benchmark: Any, results: Results, rounds: int, store: EpisodeSto
     rates = ", ".join(f"{name} {1e3 * frames / timing.median(name):.4g}" for name in (OURS, *peers))
     work = Work(2 * frames * int(np.prod(SHAPE)), 0, torch.float32)
     note = (
-        f"frames per second: {rates}; {STEPS} steps of a consumer that sleeps {1e3 * STEP_S:g} ms, {1e3 * STEPS * STEP_S:g} "
-        f"in all, and a loader that begins anew; {cache.reason}; the floor is frames read and written once"
+        f"frames per second: {rates}; {STEPS} steps of a consumer that sleeps {1e3 * STEP_S:g} ms, "
+        f"{1e3 * STEPS * STEP_S:g} in all, and a loader that begins anew; {cache.reason}; "
+        "the floor is frames read and written once"
     )
     results.add(benchmark, f"loader/dmlab/b{BATCH}", timing, work, note, memory_bound=False)
