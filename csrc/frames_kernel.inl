@@ -69,7 +69,7 @@ struct Planes {
 
     inline void set(const std::uint8_t* pixels, std::int64_t n, std::int64_t c) {
         row = pixels, count = n, channels = c;
-        if (channels != 3 || !row) return;
+        if (channels != 3) return;
         for (std::int64_t i = split_three(row, count, planes); i < count; ++i)
             for (int k = 0; k < 3; ++k) planes[k][i] = row[3 * i + k];
     }
@@ -80,15 +80,18 @@ struct Planes {
     }
 };
 
-inline void write(void* p, Float type, std::int64_t i, vf x) {
-    if (type == Float::f32) return store(static_cast<float*>(p) + i, x);
-    store(static_cast<std::uint16_t*>(p) + i, type == Float::bf16 ? to_bf16(x) : to_f16(x));
+template <Float F>
+inline void write(void* p, std::int64_t i, vf x) {
+    if constexpr (F == Float::f32) return store(static_cast<float*>(p) + i, x);
+    if constexpr (F == Float::bf16) store(static_cast<std::uint16_t*>(p) + i, to_bf16(x));
+    if constexpr (F == Float::f16) store(static_cast<std::uint16_t*>(p) + i, to_f16(x));
 }
 
-inline vf read(const void* p, Float type, std::int64_t i) {
-    if (type == Float::f32) return load<vf>(static_cast<const float*>(p) + i);
+template <Float F>
+inline vf read(const void* p, std::int64_t i) {
+    if constexpr (F == Float::f32) return load<vf>(static_cast<const float*>(p) + i);
     const vh h = load<vh>(static_cast<const std::uint16_t*>(p) + i);
-    return type == Float::bf16 ? from_bf16(h) : from_f16(h);
+    return F == Float::bf16 ? from_bf16(h) : from_f16(h);
 }
 
 // Copies `pieces` of `bytes`, which stand `from_step` and `to_step` bytes apart.
@@ -109,73 +112,74 @@ inline void copy(const char* from, std::int64_t from_step, char* to, std::int64_
         std::memcpy(to + i * to_step, from + i * from_step, static_cast<std::size_t>(bytes));
 }
 
-// Some columns of one row of one sample: where it is in frames, in noise and in patches.
+// Some columns of one row of one sample: `count` pixels of `pieces` patches, and where they are in frames, in the noise of
+// the first channel and, in bytes, in patches.
 struct Piece {
-    FrameShape s;
-    std::int64_t sample, y, x, count, size, elements, fields;
+    std::int64_t count, pieces, pixel, noise, at;
+    std::int64_t plane;                  // numbers of a channel of the noise
+    std::int64_t bytes, field, elements, apart;  // of a row of a patch, a channel, a frame's channels, a whole patch
 
-    std::int64_t pixel() const { return ((sample * s.height + y) * s.width + x) * s.channels; }
-    std::int64_t noise(std::int64_t c) const { return ((sample * s.channels + c) * s.height + y) * s.width + x; }
-    // bytes before the first patch's pixels of channel `c`, and between two patches
-    std::int64_t at(std::int64_t c) const {
-        const std::int64_t token = (sample * (s.height / s.patch) + y / s.patch) * (s.width / s.patch) + x / s.patch;
-        return size * (token * fields * elements + (c * s.patch + y % s.patch) * s.patch);
-    }
-    std::int64_t apart() const { return size * fields * elements; }
-    std::int64_t bytes() const { return size * s.patch; }
     inline void scatter(const void* row, void* out, std::int64_t c) const {
-        copy(static_cast<const char*>(row), bytes(), static_cast<char*>(out) + at(c), apart(), count / s.patch, bytes());
+        copy(static_cast<const char*>(row), bytes, static_cast<char*>(out) + at + c * field, apart, pieces, bytes);
     }
     inline void gather(const void* out, void* row, std::int64_t c) const {
-        copy(static_cast<const char*>(out) + at(c), apart(), static_cast<char*>(row), bytes(), count / s.patch, bytes());
+        copy(static_cast<const char*>(out) + at + c * field, apart, static_cast<char*>(row), bytes, pieces, bytes);
     }
 };
 
-// Calls `then(piece)` for the pieces of a sample: whole patches, row by row.
+// Calls `then(piece)` for the pieces of a sample: whole patches, row by row. All divisions are here, not at each channel
+// of each row, where they would cost as much as the pixels.
 template <class Then>
-inline void each_piece(const FrameShape& s, std::int64_t sample, Float type, std::int64_t fields, const Then& then) {
-    const std::int64_t most = widest / s.patch * s.patch;
-    Piece p{s, sample, 0, 0, 0, type == Float::f32 ? 4 : 2, s.channels * s.patch * s.patch, fields};
-    for (p.y = 0; p.y < s.height; ++p.y)
-        for (p.x = 0; p.x < s.width; p.x += most) {
-            p.count = s.width - p.x < most ? s.width - p.x : most;
+inline void each_piece(const FrameShape& s, std::int64_t sample, std::int64_t size, std::int64_t fields, const Then& then) {
+    const std::int64_t most = widest / s.patch, across = s.width / s.patch, down = s.height / s.patch;
+    Piece p{};
+    p.plane = s.height * s.width;
+    p.bytes = size * s.patch, p.field = p.bytes * s.patch, p.elements = p.field * s.channels, p.apart = p.elements * fields;
+    for (std::int64_t y = 0; y < s.height; ++y)
+        for (std::int64_t token = 0; token < across; token += most) {
+            const std::int64_t place = y * s.width + token * s.patch;
+            p.pieces = across - token < most ? across - token : most;
+            p.count = p.pieces * s.patch;
+            p.pixel = (sample * p.plane + place) * s.channels;
+            p.noise = sample * p.plane * s.channels + place;
+            p.at = ((sample * down + y / s.patch) * across + token) * p.apart + y % s.patch * p.bytes;
             then(p);
         }
 }
 
 inline vf mixed(vf frame, vf noise, float tau) { return (1.0f - tau) * noise + tau * frame; }
 
-}  // namespace
-
-void make_patches(const PatchArgs& a, std::int64_t sample) {
+template <Float F, Patches K>
+void patches_of(const PatchArgs& a, std::int64_t sample) {
     Planes now, next;
     alignas(64) char first[4 * widest], second[4 * widest];
     const std::int64_t channels = a.shape.channels;
-    const float tau = a.tau ? a.tau[sample] : 0.0f;
-    each_piece(a.shape, sample, a.type, a.kind == Patches::frame ? 1 : 2, [&](const Piece& p) {
-        now.set(a.now + p.pixel(), p.count, channels);
-        next.set(a.following ? a.following + p.pixel() : nullptr, p.count, channels);
+    const float tau = K == Patches::flow ? a.tau[sample] : 0.0f;
+    each_piece(a.shape, sample, F == Float::f32 ? 4 : 2, K == Patches::frame ? 1 : 2, [&](const Piece& p) {
+        now.set(a.now + p.pixel, p.count, channels);
+        if constexpr (K != Patches::frame) next.set(a.following + p.pixel, p.count, channels);
         for (std::int64_t c = 0; c < channels; ++c) {
             const std::uint8_t* const here = now.plane(c);
-            const std::uint8_t* const there = a.following ? next.plane(c) : here;
+            const std::uint8_t* const there = K == Patches::frame ? here : next.plane(c);
             for (std::int64_t i = 0; i < p.count; i += V) {
                 const vf frame = normal(here + i);
-                if (a.kind == Patches::flow) {
-                    const vf noise = load_part(a.noise + p.noise(c) + i, p.count - i);
-                    write(first, a.type, i, mixed(normal(there + i), noise, tau));
-                    write(second, a.type, i, frame);
-                    continue;
+                if constexpr (K == Patches::flow) {
+                    const vf noise = load_part(a.noise + p.noise + c * p.plane + i, p.count - i);
+                    write<F>(first, i, mixed(normal(there + i), noise, tau));
+                    write<F>(second, i, frame);
+                } else {
+                    write<F>(first, i, frame);
+                    if constexpr (K == Patches::tubelets) write<F>(second, i, a.gain * (normal(there + i) - frame));
                 }
-                write(first, a.type, i, frame);
-                if (a.kind == Patches::tubelets) write(second, a.type, i, a.gain * (normal(there + i) - frame));
             }
             p.scatter(first, a.out, c);
-            if (a.kind != Patches::frame) p.scatter(second, static_cast<char*>(a.out) + p.size * p.elements, c);
+            if constexpr (K != Patches::frame) p.scatter(second, static_cast<char*>(a.out) + p.elements, c);
         }
     });
 }
 
-double flow_loss(const LossArgs& a, std::int64_t sample) {
+template <Float F>
+double loss_of(const LossArgs& a, std::int64_t sample) {
     Planes now, next;
     alignas(64) char row[4 * widest] = {};
     const std::int64_t channels = a.shape.channels;
@@ -183,22 +187,22 @@ double flow_loss(const LossArgs& a, std::int64_t sample) {
     vi lane{};
     for (int i = 0; i < V; ++i) lane[i] = i;
     double total = 0.0;
-    each_piece(a.shape, sample, a.type, 1, [&](const Piece& p) {
+    each_piece(a.shape, sample, F == Float::f32 ? 4 : 2, 1, [&](const Piece& p) {
         vf sums[lanes / V] = {};
-        next.set(a.following + p.pixel(), p.count, channels);
-        now.set(a.now ? a.now + p.pixel() : nullptr, p.count, channels);
+        next.set(a.following + p.pixel, p.count, channels);
+        if (a.now) now.set(a.now + p.pixel, p.count, channels);
         for (std::int64_t c = 0; c < channels; ++c) {
             const std::uint8_t* const there = next.plane(c);
             const std::uint8_t* const here = a.now ? now.plane(c) : there;
             p.gather(a.out, row, c);
             for (std::int64_t i = 0; i < p.count; i += V) {
-                const vf noise = load_part(a.noise + p.noise(c) + i, p.count - i), frame = normal(there + i);
-                vf velocity = read(row, a.type, i);
+                const vf noise = load_part(a.noise + p.noise + c * p.plane + i, p.count - i), frame = normal(there + i);
+                vf velocity = read<F>(row, i);
                 if (a.now) velocity = (normal(here + i) + velocity - mixed(frame, noise, tau)) / rest;
                 vf error = velocity - (frame - noise);
                 error = pick<vf>(lane + static_cast<std::int32_t>(i) < static_cast<std::int32_t>(p.count), error, vf{});
                 sums[i / V % (lanes / V)] += error * error;
-                write(row, a.type, i, a.now ? error * inverse : error);
+                write<F>(row, i, a.now ? error * inverse : error);
             }
             if (a.error) p.scatter(row, a.error, c);
         }
@@ -207,16 +211,44 @@ double flow_loss(const LossArgs& a, std::int64_t sample) {
     return total;
 }
 
-void scale_error(const void* error, void* out, std::int64_t first, std::int64_t last, float scale, Float type) {
+template <Float F>
+void scaled(const void* error, void* out, std::int64_t first, std::int64_t last, float scale) {
     const std::int64_t whole = first + (last - first) / V * V;
-    for (std::int64_t i = first; i < whole; i += V) write(out, type, i, read(error, type, i) * scale);
+    for (std::int64_t i = first; i < whole; i += V) write<F>(out, i, read<F>(error, i) * scale);
     if (whole == last) return;
     alignas(64) char some[4 * V] = {};
-    const auto size = static_cast<std::size_t>(type == Float::f32 ? 4 : 2), left = static_cast<std::size_t>(last - whole);
-    const auto at = static_cast<std::size_t>(whole) * size;
-    std::memcpy(some, static_cast<const char*>(error) + at, left * size);
-    write(some, type, 0, read(some, type, 0) * scale);
-    std::memcpy(static_cast<char*>(out) + at, some, left * size);
+    const std::size_t size = F == Float::f32 ? 4 : 2, left = static_cast<std::size_t>(last - whole) * size;
+    const std::size_t at = static_cast<std::size_t>(whole) * size;
+    std::memcpy(some, static_cast<const char*>(error) + at, left);
+    write<F>(some, 0, read<F>(some, 0) * scale);
+    std::memcpy(static_cast<char*>(out) + at, some, left);
+}
+
+template <Float F>
+void patches_as(const PatchArgs& a, std::int64_t sample) {
+    switch (a.kind) {
+        case Patches::frame: return patches_of<F, Patches::frame>(a, sample);
+        case Patches::tubelets: return patches_of<F, Patches::tubelets>(a, sample);
+        case Patches::flow: return patches_of<F, Patches::flow>(a, sample);
+    }
+}
+
+}  // namespace
+
+void make_patches(const PatchArgs& a, std::int64_t sample) {
+    if (a.type == Float::f32) return patches_as<Float::f32>(a, sample);
+    a.type == Float::bf16 ? patches_as<Float::bf16>(a, sample) : patches_as<Float::f16>(a, sample);
+}
+
+double flow_loss(const LossArgs& a, std::int64_t sample) {
+    if (a.type == Float::f32) return loss_of<Float::f32>(a, sample);
+    return a.type == Float::bf16 ? loss_of<Float::bf16>(a, sample) : loss_of<Float::f16>(a, sample);
+}
+
+void scale_error(const void* error, void* out, std::int64_t first, std::int64_t last, float scale, Float type) {
+    if (type == Float::f32) return scaled<Float::f32>(error, out, first, last, scale);
+    type == Float::bf16 ? scaled<Float::bf16>(error, out, first, last, scale)
+                        : scaled<Float::f16>(error, out, first, last, scale);
 }
 
 }  // namespace FLEXLAM_VARIANT

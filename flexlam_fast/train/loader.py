@@ -6,6 +6,7 @@ comes out is what that returns (design section 9).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -132,24 +133,24 @@ def _work(make: Callable[[int], Any], steps: Iterable[int], device: torch.device
     """What the thread does: batches in order until it is told to end, has no more steps, or fails."""
     try:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        for step in steps:
-            if not shelf.wait_for_room():
-                return
-            batch = make(step)
-            shelf.put(_Made(to_device(batch, device)) if stream is None else _copied(batch, device, stream))
-            del batch
+        # what make itself may do on the GPU is then in the same order
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for step in steps:
+                if not shelf.wait_for_room():
+                    return
+                made = make(step)
+                shelf.put(_Made(to_device(made, device)) if stream is None else _copied(made, device, stream))
+                del made  # else it would be kept until the next one is there
         shelf.put(_Made(last=True))
     except BaseException as error:  # whatever it is, the consumer is the one to know
         shelf.put(_Made(error=error))
 
 
 def _copied(batch: Any, device: torch.device, stream: torch.cuda.Stream) -> _Made:
-    """Start the copies of a batch on ``stream``; the allocator keeps pinned memory until they are done."""
+    """Start the copies of a batch on ``stream``, the current one; torch keeps pinned memory until they are done."""
     pinned = _like(batch, [part.pin_memory() if isinstance(part, Tensor) and part.is_cpu else part for part in batch])
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        moved = to_device(pinned, device)
-        copied = torch.cuda.Event()
-        copied.record(stream)
+    moved, copied = to_device(pinned, device), torch.cuda.Event()
+    copied.record(stream)
     return _Made(moved, copied=copied)
 
 
