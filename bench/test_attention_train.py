@@ -1,7 +1,7 @@
-"""Training's attention beside what the modules do without it, forward and backward, at the sizes of the ``tiny`` preset.
+"""Training's attention beside what the modules do without it, forward and backward, at sizes of the ``tiny`` preset.
 
-Ours is ``ops.self_attention_packed``, whose gradient is one tensor; the peers take views of the same projection, and what
-autograd then does to put their gradients together is part of their time.
+Ours is ``ops.self_attention_packed``, whose gradient is one tensor; the peers take views of the same projection, and
+what autograd then does to put their gradients together is part of their time.
 """
 
 from __future__ import annotations
