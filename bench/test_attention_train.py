@@ -1,7 +1,7 @@
-"""Training's attention beside what the modules do without it, forward and backward, at the sizes of the ``tiny`` preset.
+"""Training's attention beside what the modules do without it, forward and backward, at sizes of the ``tiny`` preset.
 
-Ours is ``ops.self_attention_packed``, whose gradient is one tensor; the peers take views of the same projection, and what
-autograd then does to put their gradients together is part of their time.
+Ours is ``ops.self_attention_packed``, whose gradient is one tensor; the peers take views of the same projection, and
+what autograd then does to put their gradients together is part of their time.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def ours(qkv: Tensor, mask: Tensor | None) -> Tensor:
     return ops.self_attention_packed(qkv, mask=mask)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU ours is torch's own")
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
 def test_attention(benchmark: Any, results: Results, compiler: Compiler, rounds: int, case: Case) -> None:
     generator, device = torch.Generator().manual_seed(0), results.device

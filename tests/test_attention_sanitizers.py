@@ -1,4 +1,4 @@
-"""Training's attention in C++ built with sanitizers: nothing beyond what it was given, nothing undefined, no data race."""
+"""Training's attention in C++ under sanitizers: nothing beyond what it was given, nothing undefined, no data race."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def test_gradcheck_of_the_reference() -> None:
     drawn = draw(case, torch.float64)
     drawn.mask[2] = False  # sees nothing
     leaves = [t.requires_grad_() for t in drawn[:3]]
-    assert torch.autograd.gradcheck(lambda *qkv: MODULE.reference(*qkv, drawn.mask, True, 0.7), leaves)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        assert torch.autograd.gradcheck(lambda *qkv: MODULE.reference(*qkv, drawn.mask, True, 0.7), leaves)
 
 
 @every_way
@@ -190,6 +191,16 @@ def test_opcheck_and_the_compiler() -> None:
     compiled = torch.compile(lambda x: ops.self_attention_packed(x, causal=True), backend="eager", fullgraph=True)
     results = [(f(qkv), *torch.autograd.grad(f(qkv), qkv, drawn.grad)) for f in (compiled, compiled.__wrapped__)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_extension
+def test_autocast_changes_no_dtype() -> None:
+    drawn = draw(TINY)
+    plain = MODULE.self_attention(*drawn[:3], backend="native")
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(MODULE.self_attention(*drawn[:3], backend="native"), plain)
+        rounded = MODULE.self_attention(*drawn[:3], backend="reference")
+    torch.testing.assert_close(rounded, plain, rtol=5e-2, atol=5e-2)
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

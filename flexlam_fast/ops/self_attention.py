@@ -107,17 +107,18 @@ def self_attention_packed(
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Two products in the dtype of the tensors with a softmax in at least fp32 between them; arguments are checked."""
-    queries, keys, share = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    queries, keys, share, dtype = q.shape[1], k.shape[1], q.shape[2] // k.shape[2], q.dtype
     if share > 1:
         k, v = (t.repeat_interleave(share, dim=2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     seen = _seen(queries, keys, mask, causal, q.device)
     if seen is None:
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-    blind = ~seen.any(-1, keepdim=True)  # of these any weights will do, and are dropped afterwards
-    weights = scores.masked_fill(~(seen | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+        weights = scores.softmax(-1)
+    else:
+        blind = ~seen.any(-1, keepdim=True)  # of these any weights but NaN will do, for they are dropped afterwards
+        weights = scores.masked_fill(~(seen | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+    return (weights.to(dtype) @ v).to(dtype).transpose(1, 2)  # autocast would leave its own dtype
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
