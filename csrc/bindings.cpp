@@ -375,7 +375,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("noise"), py::arg("tau"), py::arg("out"), py::arg("type"), py::arg("gain"), py::arg("threads"),
           py::arg("variant") = "", "Frames to patches: PatchArgs; sizes are those of FrameShape.");
     m.def("flow_loss", &flow_loss, free_gil, py::arg("sizes"), py::arg("out"), py::arg("now"), py::arg("following"),
-          py::arg("noise"), py::arg("tau"), py::arg("error"), py::arg("type"), py::arg("floor"), py::arg("threads"), py::arg("variant") = "", "The sum of squared errors of the flow's velocity: LossArgs.");
+          py::arg("noise"), py::arg("tau"), py::arg("error"), py::arg("type"), py::arg("floor"), py::arg("threads"), py::arg("variant") = "", "The sum of squared errors of the flow's velocity: FlowLossArgs.");
     m.def("scale_error", &scale_error, free_gil, py::arg("error"), py::arg("out"), py::arg("count"), py::arg("scale"),
           py::arg("type"), py::arg("threads"), py::arg("variant") = "", "A number times every element.");
     m.def("self_attention", &self_attention, py::arg("tensors"), py::arg("lse"), py::arg("mask"), py::arg("sizes"),

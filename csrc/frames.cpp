@@ -12,7 +12,7 @@ namespace flexlam {
 #define FLEXLAM_DECLARE(name)                                                                                          \
     namespace name {                                                                                                   \
     void make_patches(const PatchArgs&, std::int64_t sample);                                                          \
-    double flow_loss(const LossArgs&, std::int64_t sample);                                                            \
+    double flow_loss(const FlowLossArgs&, std::int64_t sample);                                                            \
     void scale_error(const void*, void*, std::int64_t first, std::int64_t last, float scale, Float type);              \
     }
 FLEXLAM_DECLARE(portable)
@@ -49,7 +49,7 @@ void make_patches(const PatchArgs& a, int threads, const std::string& variant) {
     parallel_for(a.shape.batch, threads, [&](std::int64_t sample) { kernel(a, sample); });
 }
 
-double flow_loss(const LossArgs& a, int threads, const std::string& variant) {
+double flow_loss(const FlowLossArgs& a, int threads, const std::string& variant) {
     const auto kernel = kernels_of(variant).loss;
     std::vector<double> sums(static_cast<std::size_t>(a.shape.batch));
     parallel_for(a.shape.batch, threads,

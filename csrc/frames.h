@@ -32,7 +32,7 @@ struct PatchArgs {
 
 // `out` [batch, patches, elements] is what the decoder says; `now` is nullptr where that is the velocity itself, else it
 // is the change of the frame. `error` like `out`, or nullptr: what the gradient is 2 / elements of.
-struct LossArgs {
+struct FlowLossArgs {
     FrameShape shape;
     const void* out;
     const std::uint8_t* now;
@@ -48,7 +48,7 @@ struct LossArgs {
 void make_patches(const PatchArgs& args, int threads, const std::string& variant);
 
 // The sum of the squared errors: fp32 along a row of pixels, fp64 over rows and samples, in one order.
-double flow_loss(const LossArgs& args, int threads, const std::string& variant);
+double flow_loss(const FlowLossArgs& args, int threads, const std::string& variant);
 
 // out [count] = `scale` times error [count], both in `type`.
 void scale_error(const void* error, void* out, std::int64_t count, float scale, Float type, int threads,

@@ -179,7 +179,7 @@ void patches_of(const PatchArgs& a, std::int64_t sample) {
 }
 
 template <Float F>
-double loss_of(const LossArgs& a, std::int64_t sample) {
+double loss_of(const FlowLossArgs& a, std::int64_t sample) {
     Planes now, next;
     alignas(64) char row[4 * widest] = {};
     const std::int64_t channels = a.shape.channels;
@@ -240,7 +240,7 @@ void make_patches(const PatchArgs& a, std::int64_t sample) {
     a.type == Float::bf16 ? patches_as<Float::bf16>(a, sample) : patches_as<Float::f16>(a, sample);
 }
 
-double flow_loss(const LossArgs& a, std::int64_t sample) {
+double flow_loss(const FlowLossArgs& a, std::int64_t sample) {
     if (a.type == Float::f32) return loss_of<Float::f32>(a, sample);
     return a.type == Float::bf16 ? loss_of<Float::bf16>(a, sample) : loss_of<Float::f16>(a, sample);
 }

@@ -178,7 +178,6 @@ def loss_backward(
     threads: int,
     variant: str = "",
 ) -> None: ...
-
 def self_attention(
     tensors: Sequence[tuple[int, ...]],
     lse: int,

@@ -5,32 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flexlam_fast.backend import REFERENCE
 from flexlam_fast.config import FlexLAMConfig
-from flexlam_fast.layers import MLP, Attention, init_linear, patchify, sincos_grid, time_features, unpatchify
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x [B, N, W]`` scaled and shifted by ``[B, W]``."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+from flexlam_fast.layers import (
+    MLP,
+    Attention,
+    init_linear,
+    patchify,
+    product_dtype,
+    sincos_grid,
+    time_features,
+    unpatchify,
+)
+from flexlam_fast.ops.modulate import adaln, gate_add
 
 
 class DecoderBlock(nn.Module):
     """Transformer block under adaLN-zero: shift, scale and gate of both halves come from the flow time."""
 
+    backend = REFERENCE
+
     def __init__(self, width: int, heads: int, head_dim: int, ffn: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads, head_dim)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, ffn)
         self.condition = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Tokens ``[B, N, W]`` and embedded time ``[B, W]`` to tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(time).chunk(6, dim=-1)
-        x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1))
-        out: Tensor = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return out
+        dtype, backend = product_dtype(x), self.backend
+        y = self.attention(adaln(x, shift1, scale1, dtype=dtype, backend=backend))
+        x = gate_add(x, y, gate1, backend=backend)
+        y = self.mlp(adaln(x, shift2, scale2, dtype=dtype, backend=backend))
+        return gate_add(x, y, gate2, backend=backend)
 
 
 class Decoder(nn.Module):
@@ -39,6 +47,8 @@ class Decoder(nn.Module):
     The concatenation is the paper's image-conditioning path. The latents are plain tokens: a slot that holds the null
     latent is the only sign that it was not retained.
     """
+
+    backend = REFERENCE
 
     def __init__(self, cfg: FlexLAMConfig) -> None:
         super().__init__()
@@ -51,7 +61,6 @@ class Decoder(nn.Module):
         steps = (nn.Linear(dec.width, dec.width), nn.SiLU(), nn.Linear(dec.width, dec.width), nn.SiLU())
         self.time = nn.Sequential(*steps)
         self.blocks = nn.ModuleList(DecoderBlock(dec.width, dec.heads, dec.head_dim, dec.ffn) for _ in range(dec.depth))
-        self.norm = nn.LayerNorm(dec.width, elementwise_affine=False, eps=1e-6)
         self.condition = nn.Linear(dec.width, 2 * dec.width)
         self.head = nn.Linear(dec.width, cfg.channels * dec.patch**2)
         self.apply(init_linear)
@@ -62,13 +71,19 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, tau: Tensor, now: Tensor, latents: Tensor) -> Tensor:
         """Velocity fp32 at ``x``, time ``tau [B]``, given ``o_t`` (all ``[B, C, H, W]``) and latents ``[B, K, d]``."""
+        patches = patchify(torch.cat([x, now], dim=1), self.patch)
+        return unpatchify(self.forward_patches(patches, tau, latents).float(), self.patch, self.channels, self.size)
+
+    def forward_patches(self, patches: Tensor, tau: Tensor, latents: Tensor) -> Tensor:
+        """What :meth:`forward` makes of patches ``[B, N, 2 C p p]`` of ``[x, o_t]``, as patches ``[B, N, C p p]``."""
         dtype = self.embed.weight.dtype
-        patches = patchify(torch.cat([x, now], dim=1), self.patch).to(dtype)
+        patches = patches.to(product_dtype(self.embed.weight))
         tokens = self.embed(patches) + self.position
         tokens = torch.cat([tokens, self.latent(latents.to(dtype)) + self.slot], dim=1)
         time = self.time(time_features(tau, self.slot.shape[1]).to(dtype))
         for block in self.blocks:
             tokens = block(tokens, time)
         shift, scale = self.condition(time).chunk(2, dim=-1)
-        tokens = modulate(self.norm(tokens[:, : patches.shape[1]]), shift, scale)
-        return unpatchify(self.head(tokens).float(), self.patch, self.channels, self.size)
+        tokens = tokens[:, : patches.shape[1]]
+        out: Tensor = self.head(adaln(tokens, shift, scale, dtype=product_dtype(tokens), backend=self.backend))
+        return out

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flexlam_fast.backend import REFERENCE
 from flexlam_fast.config import FlexLAMConfig
-from flexlam_fast.layers import MLP, Attention, init_linear, patchify, sincos_grid
+from flexlam_fast.layers import MLP, Attention, init_linear, patchify, product_dtype, sincos_grid
 from flexlam_fast.ops.encode import TransformerEngine
+from flexlam_fast.ops.modulate import layer_norm
+from flexlam_fast.ops.patches import tubelets
 
 CHANGE_GAIN = 4.0  # frames change by about a quarter of their own spread (0.1 against 0.45 rms in ViZDoom)
 
 
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block."""
+
+    backend = REFERENCE
 
     def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -24,9 +29,13 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, W]`` to ``[B, N, W]``."""
-        x = x + self.attention(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.attention(self._normed(x, self.norm1))
+        out: Tensor = x + self.mlp(self._normed(x, self.norm2))
         return out
+
+    def _normed(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        weights = norm.weight, norm.bias
+        return layer_norm(x, *weights, eps=norm.eps, dtype=product_dtype(x), backend=self.backend)
 
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every part, in order; aliases, which stay where a parameter's data is now."""
@@ -42,6 +51,8 @@ class Encoder(nn.Module):
     maps as of the two frames, but the change, which the code is about, starts as loud as the scene, which it is not
     about. Only the slot outputs leave the module, through one linear to the ``d`` channels of FSQ.
     """
+
+    backend = REFERENCE
 
     def __init__(self, cfg: FlexLAMConfig) -> None:
         super().__init__()
@@ -70,6 +81,17 @@ class Encoder(nn.Module):
     def tokens(self, now: Tensor, following: Tensor) -> Tensor:
         """The slot queries and the embedded tubelets ``[B, K + N, W]``."""
         tubelets = torch.cat([patchify(now, self.patch), CHANGE_GAIN * patchify(following - now, self.patch)], dim=-1)
+        return self.embedded(tubelets)
+
+    def forward_frames(self, now: Tensor, following: Tensor) -> Tensor:
+        """:meth:`forward` of uint8 frames ``[B, H, W, C]``."""
+        dtype = product_dtype(self.embed.weight)
+        return self.finish(
+            self.embedded(tubelets(now, following, self.patch, CHANGE_GAIN, dtype=dtype, backend=self.backend))
+        )
+
+    def embedded(self, tubelets: Tensor) -> Tensor:
+        """Tubelet patches ``[B, N, 2 C p p]`` to tokens."""
         x = self.embed(tubelets.to(self.embed.weight.dtype)) + self.position
         return torch.cat([self.queries.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 

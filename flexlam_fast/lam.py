@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexlam_fast.bottleneck import Bottleneck
+from flexlam_fast.backend import REFERENCE
+from flexlam_fast.bottleneck import Bottleneck, Quantized
 from flexlam_fast.capture import GraphedFunction
 from flexlam_fast.checks import check_budget, check_tensor, describe
 from flexlam_fast.config import FlexLAMConfig
@@ -17,8 +18,10 @@ from flexlam_fast.decoder import Decoder
 from flexlam_fast.encoder import Encoder
 from flexlam_fast.errors import InputError
 from flexlam_fast.flow import euler, interpolate, velocity_of
-from flexlam_fast.layers import as_pixels, to_uint8
+from flexlam_fast.layers import as_pixels, product_dtype, to_uint8
 from flexlam_fast.ops.arguments import check_prefix
+from flexlam_fast.ops.flow_loss import flow_loss
+from flexlam_fast.ops.patches import flow_patches
 
 
 class LamLoss(NamedTuple):
@@ -34,6 +37,9 @@ class LatentActionModel(nn.Module):
 
     Frames are uint8 ``[B, H, W, C]`` or fp32 pixels ``[B, C, H, W]`` in ``[-1, 1]`` everywhere.
     """
+
+    #: of the ops of training; ``layers.set_backend`` sets it here and in all layers.
+    backend = REFERENCE
 
     def __init__(self, cfg: FlexLAMConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -154,6 +160,37 @@ class LatentActionModel(nn.Module):
         sample = interpolate(following, noise, tau)
         velocity = self.velocity(sample.x, sample.tau, now, quantized.latents)
         flow = (velocity - sample.target).square().mean()
+        return self._loss(flow, z, quantized, mean)
+
+    def loss_of_frames(
+        self,
+        now: Tensor,
+        following: Tensor,
+        keep: Tensor,
+        noise: Tensor,
+        tau: Tensor,
+        mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> LamLoss:
+        """:meth:`loss` straight from stored frames, by the ops of :attr:`backend`.
+
+        Args:
+            now: ``o_t``, uint8 ``[B, H, W, C]``.
+            following: ``o_{t+1}``, likewise.
+            keep: as in :meth:`loss`.
+            noise: fp32 ``[B, C * H * W]``.
+            tau: as in :meth:`loss`.
+            mean: likewise.
+        """
+        dec, backend = self.cfg.decoder, self.backend
+        z = self.encoder.forward_frames(now, following)
+        quantized = self.bottleneck(z, keep)
+        dtype = product_dtype(self.decoder.embed.weight)
+        patches = flow_patches(now, following, noise, tau, dec.patch, dtype=dtype, backend=backend)
+        out = self.decoder.forward_patches(patches, tau, quantized.latents)
+        flow = flow_loss(out, now, following, noise, tau, predict=dec.predict, backend=backend)
+        return self._loss(flow, z, quantized, mean)
+
+    def _loss(self, flow: Tensor, z: Tensor, quantized: Quantized, mean: Callable[[Tensor], Tensor] | None) -> LamLoss:
         spread = self.cfg.bottleneck.spread
         return LamLoss(flow + spread * spread_loss(z, mean) if spread else flow, flow, quantized.codes)
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexlam_fast.backend import choose
+from flexlam_fast.backend import REFERENCE, choose
 from flexlam_fast.checks import check_finite, check_tensor
 from flexlam_fast.errors import InputError
+from flexlam_fast.ops.activation import gelu
 from flexlam_fast.ops.attention import attention
+from flexlam_fast.ops.self_attention import self_attention_packed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -84,8 +86,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Full multi-head self-attention with one fused query-key-value projection.
 
-    ``implementation`` is None while training, else a name that ``ops.attention`` knows.
+    ``implementation`` is None while training, where ``backend`` says how, else a name that ``ops.attention`` knows.
     """
+
+    backend = REFERENCE
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -97,17 +101,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, W]`` to ``[B, N, W]``."""
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).unbind(2)
-        if self.implementation is None:
-            y = attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, -1)
+        if self.implementation is not None:
+            y = attention(*qkv.unbind(2), implementation=self.implementation)
+        elif self.backend != REFERENCE:
+            y = self_attention_packed(qkv)
         else:
-            y = attention(q, k, v, implementation=self.implementation)
+            y = attend(*(t.transpose(1, 2) for t in qkv.unbind(2))).transpose(1, 2)
         out: Tensor = self.out(y.reshape(b, n, -1))
         return out
 
 
 class MLP(nn.Module):
     """Two linears with a GELU between them."""
+
+    backend = REFERENCE
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -116,8 +124,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., W]`` to ``[..., W]``."""
-        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        out: Tensor = self.down(gelu(self.up(x), backend=self.backend))
         return out
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer makes of ``x``: the dtype of autocast where that is on, else ``x``'s own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def time_features(time: Tensor, width: int) -> Tensor:

@@ -6,12 +6,11 @@ from flexlam_fast.ops.draws import draw_normal, draw_uniform
 from flexlam_fast.ops.flow_loss import flow_loss
 from flexlam_fast.ops.fsq import codes_to_latents, fsq, fsq_project, fsq_sample
 from flexlam_fast.ops.linear import linear_add, norm_linear, norm_swiglu
+from flexlam_fast.ops.loss import cross_entropy
 from flexlam_fast.ops.modulate import adaln, gate_add, layer_norm
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.ops.patches import flow_patches, frame_patches, tubelets
 from flexlam_fast.ops.rms_norm import rms_norm
-from flexlam_fast.ops.loss import cross_entropy
-from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
 from flexlam_fast.ops.rotary import qk_norm_rope
 from flexlam_fast.ops.sampling import choose_codes, next_token
 from flexlam_fast.ops.self_attention import self_attention, self_attention_packed
@@ -49,7 +48,6 @@ __all__ = [
     "translate",
     "tubelets",
     "qk_norm_rope",
-    "translate",
     "varlen_attention",
     "write_pages",
 ]

@@ -12,7 +12,11 @@ from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_budget, check_tensor
 from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import InputError
-from flexlam_fast.layers import patchify
+from flexlam_fast.layers import patchify, product_dtype
+from flexlam_fast.ops.activation import swiglu
+from flexlam_fast.ops.rms_norm import rms_norm
+from flexlam_fast.ops.rotary import qk_norm_rope
+from flexlam_fast.ops.self_attention import self_attention
 
 
 class Rotation(NamedTuple):
@@ -71,7 +75,12 @@ class RMSNorm(nn.Module):
 
 
 class SequenceBlock(nn.Module):
-    """Pre-norm decoder block: grouped-query attention with QK-norm and RoPE, then SwiGLU; no biases."""
+    """Pre-norm decoder block: grouped-query attention with QK-norm and RoPE, then SwiGLU; no biases.
+
+    ``backend`` is that of the ops of training; other than the reference's, they want no store.
+    """
+
+    backend = REFERENCE
 
     def __init__(self, cfg: SequenceConfig) -> None:
         super().__init__()
@@ -90,9 +99,24 @@ class SequenceBlock(nn.Module):
 
     def forward(self, x: Tensor, r: Rotation, mask: Tensor | None, layer: int, store: KeyValueStore | None) -> Tensor:
         """``x [B, N, hidden]``; ``mask`` bool, broadcast to ``[B, heads, N, keys]``; None is plain causal."""
+        if self.backend != REFERENCE:
+            return self._fused(x, r, mask)
         x = x + self.attend(self.norm1(x), r, mask, layer, store)
         y = self.norm2(x)
         out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return out
+
+    def _fused(self, x: Tensor, r: Rotation, mask: Tensor | None) -> Tensor:
+        """The same by the ops of training; ``mask`` is ``[N, N]`` or None."""
+        (b, n, _), dtype, backend = x.shape, product_dtype(x), self.backend
+        y = rms_norm(x, self.norm1.weight, self.norm1.eps, dtype=dtype, backend=backend)
+        q, k, v = (part(y).view(b, n, -1, self.head_dim) for part in (self.q, self.k, self.v))
+        weights = self.q_norm.weight, self.k_norm.weight
+        cos, sin = (t[0, 0] if len(t) == 1 else t[:, 0] for t in r)
+        q, k = qk_norm_rope(q, k, *weights, cos, sin, self.q_norm.eps, dtype=dtype, backend=backend)
+        x = x + self.out(self_attention(q, k, v, mask=mask, causal=mask is None).flatten(2))
+        y = rms_norm(x, self.norm2.weight, self.norm2.eps, dtype=dtype, backend=backend)
+        out: Tensor = x + self.down(swiglu(self.gate(y), self.up(y), backend=backend))
         return out
 
     def attend(self, y: Tensor, r: Rotation, mask: Tensor | None, layer: int, store: KeyValueStore | None) -> Tensor:
@@ -113,7 +137,12 @@ class SequenceBlock(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Causal transformer over code embeddings and linearly embedded observation patches."""
+    """Causal transformer over code embeddings and linearly embedded observation patches.
+
+    ``backend`` is that of the ops of training; ``layers.set_backend`` sets it here and in all blocks.
+    """
+
+    backend = REFERENCE
 
     def __init__(self, cfg: FlexLAMConfig) -> None:
         super().__init__()

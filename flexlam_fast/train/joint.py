@@ -14,7 +14,6 @@ from flexlam_fast.bottleneck import sample_prefix
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.layers import normalise
 from flexlam_fast.ops.draws import draw_uniform
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.lam import LamBatch, LamKeys, lam_batch, lam_loss, transitions
@@ -133,8 +132,7 @@ class JointStage:
 
     def _encode(self, batch: JointBatch) -> Tensor:
         """Slot outputs ``[B, K, d]`` of the labelled transitions, before FSQ."""
-        z: Tensor = self.model.lam.encoder(*normalise(batch.labelled))
-        return z
+        return self.model.lam.encoder.forward_frames(*batch.labelled)
 
     def _translate(self, batch: JointBatch, z: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.model.lam.bottleneck(z, keep).latents

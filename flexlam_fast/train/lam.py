@@ -16,7 +16,6 @@ from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import DataError
 from flexlam_fast.flow import logit_normal
 from flexlam_fast.lam import LamLoss, LatentActionModel
-from flexlam_fast.layers import normalise
 from flexlam_fast.ops.draws import draw_normal, draw_uniform
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.loader import to_device
@@ -125,8 +124,8 @@ def lam_batch(
 def lam_loss(model: LatentActionModel, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
     """The loss of a batch on the device, with prefixes, times and noise drawn there."""
     cfg = model.cfg
-    now, following = normalise(batch.frames)
+    now, following = batch.frames
     keep = sample_prefix(cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
     tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], cfg.decoder.tau_mean)
-    noise = draw_normal(keys.noise, batch.streams, now[0].numel()).view_as(now)
-    return model.loss(now, following, keep, noise, tau, peers.mean)
+    noise = draw_normal(keys.noise, batch.streams, now[0].numel())
+    return model.loss_of_frames(now, following, keep, noise, tau, peers.mean)

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flexlam_fast.backend import REFERENCE
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import DataError
 from flexlam_fast.layers import normalise
+from flexlam_fast.ops.loss import cross_entropy
 from flexlam_fast.sequence.layout import CODES, OBSERVATION, Layout, history_layout
 from flexlam_fast.sequence.model import SequenceModel
+from flexlam_fast.sequence.packing import is_causal
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.peers import ALONE, Peers
@@ -66,23 +68,26 @@ class SequenceBatch(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Logits ``[B, M, C]``, targets int64 ``[B, M]`` (IGNORE where there is none), and the layout they belong to."""
+    """Logits ``[B, M, C]``, targets int64 ``[B, M]`` (IGNORE where there is none), and the layout they belong to.
+
+    ``backend`` is that of the loss.
+    """
 
     logits: Tensor
     target: Tensor
     layout: Layout
+    backend: str = REFERENCE
 
     def loss(self, count: Tensor | None = None) -> Tensor:
-        """Cross-entropy over all targets, divided by ``count`` (None: how many there are)."""
-        flat = self.logits.flatten(0, 1), self.target.flatten()
-        if count is None:
-            return F.cross_entropy(*flat, ignore_index=IGNORE)
-        return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
+        """Cross-entropy summed over all targets and divided by ``count`` (None: how many there are)."""
+        logits, target = self.logits.flatten(0, 1), self.target.flatten()
+        mean = cross_entropy(logits, target, ignore_index=IGNORE, backend=self.backend)
+        return mean if count is None else mean * ((target != IGNORE).sum() / count)
 
     def first(self) -> Predictions:
         """Those of first codes alone."""
         here = self.layout.slot == 0
-        return Predictions(self.logits[:, here], self.target[:, here], self.layout)
+        return self._replace(logits=self.logits[:, here], target=self.target[:, here])
 
     def right(self) -> tuple[Tensor, Tensor]:
         """How many targets are the likeliest code, and how many there are."""
@@ -111,6 +116,7 @@ class SequenceStage:
         stride, window = cfg.sequence.stride, cfg.sequence.window
         self.train, self.test = windows(store, "train", stride), windows(store, "test", stride)
         self.layouts = [_to(history_layout(cfg, window, phase), device) for phase in range(stride)]
+        self.causal = [is_causal(layout) for layout in self.layouts]  # whose attention then needs no mask
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = SequenceModel(cfg).to(device)
@@ -163,9 +169,9 @@ class SequenceStage:
         """What the model says about a batch on the device."""
         layout = self.layouts[batch.phase]
         tokens = embed(self.model, layout, normalise(batch.frames), batch.codes)
-        hidden = self.model(tokens, layout.positions, layout.mask)
+        hidden = self.model(tokens, layout.positions, None if self.causal[batch.phase] else layout.mask)
         target = batch.codes[:, layout.frame, layout.slot].masked_fill(~batch.inside[:, layout.frame], IGNORE)
-        return Predictions(self.model.logits(hidden[:, layout.source]), target, layout)
+        return Predictions(self.model.head(hidden[:, layout.source]), target, layout, self.model.backend)
 
     def _windows(self, pool: Windows, where: tuple[int, str, int], samples: range, phase: int) -> SequenceBatch:
         chosen = picks(len(pool.start), *where, samples)
