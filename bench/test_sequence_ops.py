@@ -1,8 +1,8 @@
 """What trains the sequence model, forward and backward: rotation, loss, and attention of packed windows.
 
-Sizes are those of ``dmlab``: windows of some 2,500 tokens, 4 heads of 64, 1,000 codes (4,375 as in ``real``). Peers are
-the model's modules in PyTorch, eager and under ``torch.compile``; attention's is what a batch of padded windows with the
-layout's mask costs. Ours is compared with the peer before it is timed.
+Sizes are those of ``dmlab``: windows of some 2,500 tokens, 4 heads of 64, 1,000 codes (4,375: ``real``). Peers are
+the model's modules in PyTorch, eager and under ``torch.compile``; attention's is a batch of padded windows with the
+layout's mask. Ours is compared with the peer before it is timed.
 """
 
 from __future__ import annotations
