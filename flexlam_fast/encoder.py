@@ -92,7 +92,7 @@ class Encoder(nn.Module):
 
     def embedded(self, tubelets: Tensor) -> Tensor:
         """Tubelet patches ``[B, N, 2 C p p]`` to tokens."""
-        x = self.embed(tubelets.to(self.embed.weight.dtype)) + self.position
+        x = self.embed(tubelets.to(product_dtype(self.embed.weight))) + self.position
         return torch.cat([self.queries.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 

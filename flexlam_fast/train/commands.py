@@ -25,6 +25,7 @@ from flexlam_fast.train.codes import encode_dataset, fingerprint
 from flexlam_fast.train.joint import JointModel, JointStage
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Stage, Trainer
+from flexlam_fast.train.memory import keep_memory
 from flexlam_fast.train.peers import Peers, is_shared
 from flexlam_fast.train.recipes import COLLECTION, LABELS, RECIPES, Recipe
 from flexlam_fast.train.sequence import SequenceStage
@@ -252,6 +253,7 @@ def _encode(
 
 def _train(options: RunOptions, stage: Stage, recipe: Recipe) -> None:
     folder = options.output / stage.name
+    keep_memory()
     trainer = Trainer(
         stage,
         recipe,
