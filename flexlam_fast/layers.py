@@ -131,7 +131,8 @@ class MLP(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer makes of ``x``: the dtype of autocast where that is on, else ``x``'s own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if narrowed else x.dtype
 
 
 def time_features(time: Tensor, width: int) -> Tensor:

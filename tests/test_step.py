@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from small import small_data
 from torch import Tensor, nn
+from train_cases import KINDS, made
 
+from flexlam_fast.backend import REFERENCE, TRITON
+from flexlam_fast.data.store import EpisodeStore
+from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.recipes import Recipe
 from flexlam_fast.train.step import GraphedStep, Step
 
@@ -41,6 +47,25 @@ class Toy:
 def batches(count: int) -> list[Batch]:
     g = torch.Generator().manual_seed(1)
     return [Batch(torch.randn(4 + i % 2, 3, generator=g), i % 3) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    return EpisodeStore.open(small_data(tmp_path_factory.mktemp("data") / "episodes"))
+
+
+def fused_by_shapes_alone(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    """Have the fused ops run by their checks and fakes: every launch of Triton's, without a kernel."""
+    for name in ("arguments", "rows", "activation", "draws", "patches", "flow_loss", "rotary", "loss", "fsq"):
+        module = importlib.import_module(f"flexlam_fast.ops.{name}")
+        for choice in ("pick", "pick_for", "_pick"):
+            if hasattr(module, choice):
+                monkeypatch.setattr(module, choice, lambda *_, **__: TRITON)
+    for name in ("differentiable", "gradients"):
+        monkeypatch.setattr(importlib.import_module(f"flexlam_fast.ops.{name}"), "is_plain", lambda *_: False)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = TRITON
 
 
 class FakeGraph:
@@ -117,6 +142,23 @@ def test_the_rate_is_that_of_the_call() -> None:
     fresh = Toy().model
     assert all(torch.equal(a, b) for a, b in zip(still.model.parameters(), fresh.parameters(), strict=True))
     assert not torch.equal(next(toy.model.parameters()), next(fresh.parameters()))
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, "fused"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_and_its_gradient_read_nothing_back_from_the_device(
+    kind: str, backend: str, store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device there is nothing to read: whatever asks for a value raises, as a capture would."""
+    meta = torch.device("meta")
+    stage = made(kind, store, meta)
+    if backend != REFERENCE:
+        fused_by_shapes_alone(monkeypatch, stage.model)
+    loss = stage.loss(to_device(stage.read(0), meta))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in stage.model.parameters() if p.requires_grad)
+    with pytest.raises(RuntimeError):
+        loss.item()  # what the test relies on
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

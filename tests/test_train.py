@@ -124,8 +124,7 @@ def test_targets_are_the_codes_of_the_frames_and_ignored_past_the_end(data: Epis
     stage = SequenceStage(cfg, data, codes, 8, 0, CPU)
     first = windows(data, "train", 2)[1]
     step = next(s for s in range(100) if stage.read(s).phase == 1)
-    _, rows, layout, _ = stage.predict(stage.read(step))
-    assert layout is stage.layouts[1]
+    rows, layout = stage.predict(stage.read(step)).target.view(8, -1), stage.layouts[1]
     chosen = picks(len(first.start), 0, "sequence", step, range(8))
     for row, c in zip(rows, chosen, strict=True):
         for value, frame, s in zip(row.tolist(), layout.frame.tolist(), layout.slot.tolist(), strict=True):

@@ -17,6 +17,7 @@ from flexlam_fast.ops.activation import swiglu
 from flexlam_fast.ops.rms_norm import rms_norm
 from flexlam_fast.ops.rotary import qk_norm_rope
 from flexlam_fast.ops.self_attention import self_attention
+from flexlam_fast.ops.varlen import Sequences, varlen_attention
 
 
 class Rotation(NamedTuple):
@@ -97,24 +98,36 @@ class SequenceBlock(nn.Module):
         self.up = nn.Linear(cfg.hidden, cfg.intermediate, bias=False)
         self.down = nn.Linear(cfg.intermediate, cfg.hidden, bias=False)
 
-    def forward(self, x: Tensor, r: Rotation, mask: Tensor | None, layer: int, store: KeyValueStore | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        r: Rotation,
+        mask: Tensor | None,
+        layer: int,
+        store: KeyValueStore | None,
+        packed: Sequences | None = None,
+    ) -> Tensor:
         """``x [B, N, hidden]``; ``mask`` bool, broadcast to ``[B, heads, N, keys]``; None is plain causal."""
         if self.backend != REFERENCE:
-            return self._fused(x, r, mask)
+            return self._fused(x, r, mask, packed)
         x = x + self.attend(self.norm1(x), r, mask, layer, store)
         y = self.norm2(x)
         out: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
         return out
 
-    def _fused(self, x: Tensor, r: Rotation, mask: Tensor | None) -> Tensor:
-        """The same by the ops of training; ``mask`` is ``[N, N]`` or None."""
+    def _fused(self, x: Tensor, r: Rotation, mask: Tensor | None, packed: Sequences | None) -> Tensor:
+        """The same by the ops of training; ``mask`` is ``[N, N]`` or None. ``packed`` divides the tokens of one row."""
         (b, n, _), dtype, backend = x.shape, product_dtype(x), self.backend
         y = rms_norm(x, self.norm1.weight, self.norm1.eps, dtype=dtype, backend=backend)
         q, k, v = (part(y).view(b, n, -1, self.head_dim) for part in (self.q, self.k, self.v))
         weights = self.q_norm.weight, self.k_norm.weight
         cos, sin = (t[0, 0] if len(t) == 1 else t[:, 0] for t in r)
         q, k = qk_norm_rope(q, k, *weights, cos, sin, self.q_norm.eps, dtype=dtype, backend=backend)
-        x = x + self.out(self_attention(q, k, v, mask=mask, causal=mask is None).flatten(2))
+        if packed is None:
+            y = self_attention(q, k, v, mask=mask, causal=mask is None)
+        else:
+            y = varlen_attention(q[0], k[0], v[0], packed.starts, packed.longest, lengths=packed.lengths).unsqueeze(0)
+        x = x + self.out(y.flatten(2))
         y = rms_norm(x, self.norm2.weight, self.norm2.eps, dtype=dtype, backend=backend)
         out: Tensor = x + self.down(swiglu(self.gate(y), self.up(y), backend=backend))
         return out
@@ -175,16 +188,22 @@ class SequenceModel(nn.Module):
         return x + self.patch_place if self.cfg.sequence.places else x
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+        packed: Sequences | None = None,
     ) -> Tensor:
         """Embedded tokens ``[B, N, hidden]`` at integer ``positions [N]`` or ``[B, N]`` to normed hidden states.
 
         ``mask`` is bool, True where a token may attend, ``[N, keys]`` or ``[B, 1, N, keys]``; None is plain causal.
-        ``store`` keeps keys and values between calls; None attends to this call's tokens alone.
+        ``store`` keeps keys and values between calls; None attends to this call's tokens alone. ``packed`` says where
+        in ``x [1, T, hidden]`` sequences start that do not see each other; the reference's blocks do not take it.
         """
         r = rotation(positions, self.cfg.sequence.head_dim, self.cfg.sequence.rope_theta, at_least_fp32(x.dtype))
         for layer, block in enumerate(self.blocks):
-            x = block(x, r, mask, layer, store)
+            x = block(x, r, mask, layer, store, packed)
         out: Tensor = self.norm(x)
         return out
 

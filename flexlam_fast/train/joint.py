@@ -15,6 +15,7 @@ from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.ops.draws import draw_uniform
+from flexlam_fast.train.frames import Frames
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.lam import LamBatch, LamKeys, lam_batch, lam_loss, transitions
 from flexlam_fast.train.loader import to_device
@@ -40,7 +41,7 @@ class JointModel(nn.Module):
 
 
 class JointBatch(NamedTuple):
-    """Transitions as in ``LamBatch``, then labelled ones: frames uint8 ``[2, B, H, W, C]`` and their actions."""
+    """Transitions as in ``LamBatch``, then labelled ones: their frames ``[2, B]`` and actions."""
 
     frames: Tensor
     streams: Tensor
@@ -73,6 +74,7 @@ class JointStage:
         check_actions(cfg, store)
         self.cfg, self.store, self.labelled, self.peers = cfg, store, labelled, peers
         self.batch, self.seed, self.device, self.source, self.weight = batch, seed, device, source, weight
+        self.frames = Frames(store, device)
         self.train = transitions(store, "train", cfg)
         held_out = len(store.transitions("test"))
         self.test = choose_labels(store, "test", float(min(VALIDATION_LABELS, held_out)), seed)
@@ -84,13 +86,13 @@ class JointStage:
     def read(self, step: int) -> JointBatch:
         """This process's share of a step's batch, on the host."""
         samples = self.peers.share(self.batch)
-        free = lam_batch(self.store, self.train, (self.seed, self.name, step), samples, self.batch)
+        free = lam_batch(self.frames, self.train, (self.seed, self.name, step), samples, self.batch)
         index = self.labelled[picks(len(self.labelled), self.seed, "joint-labels", step, samples)]
         return self._labelled(index, free)
 
     def loss(self, batch: JointBatch) -> Tensor:
         """The loss of a batch on the device: LAM loss plus ``weight`` times action loss."""
-        out = lam_loss(self.model.lam, LamBatch(batch.frames, batch.streams), self.keys, self.peers)
+        out = lam_loss(self.model.lam, self.frames, LamBatch(batch.frames, batch.streams), self.keys, self.peers)
         self.health.update(out.codes)
         keep = sample_prefix(self.cfg.bottleneck, draw_uniform(self.label_key, batch.streams))
         action, _ = self._translate(batch, self._encode(batch), keep)
@@ -127,12 +129,12 @@ class JointStage:
 
     def _labelled(self, index: NDArray[np.int64], free: LamBatch) -> JointBatch:
         now, before = action_targets(self.store, index)
-        frames = torch.from_numpy(self.store.take(np.stack([index, index + 1])))
+        frames = self.frames.read(np.stack([index, index + 1]))
         return JointBatch(*free, frames, now.discrete, before.discrete)
 
     def _encode(self, batch: JointBatch) -> Tensor:
         """Slot outputs ``[B, K, d]`` of the labelled transitions, before FSQ."""
-        return self.model.lam.encoder.forward_frames(*batch.labelled)
+        return self.model.lam.encoder.forward_frames(*self.frames.on_device(batch.labelled))
 
     def _translate(self, batch: JointBatch, z: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.model.lam.bottleneck(z, keep).latents

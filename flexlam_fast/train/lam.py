@@ -17,6 +17,7 @@ from flexlam_fast.errors import DataError
 from flexlam_fast.flow import logit_normal
 from flexlam_fast.lam import LamLoss, LatentActionModel
 from flexlam_fast.ops.draws import draw_normal, draw_uniform
+from flexlam_fast.train.frames import Frames
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.peers import ALONE, Peers
@@ -24,7 +25,7 @@ from flexlam_fast.train.random import draw_key, picks, streams
 
 
 class LamBatch(NamedTuple):
-    """``frames`` uint8 ``[2, B, H, W, C]``, o_t and o_{t+1}; ``streams`` int64 ``[B]``, what is drawn for whom."""
+    """``frames`` of o_t and o_{t+1} ``[2, B]`` as ``Frames.read`` has them; ``streams`` int64 ``[B]`` of draws."""
 
     frames: Tensor
     streams: Tensor
@@ -58,6 +59,7 @@ class LamStage:
         peers: Peers = ALONE,
     ) -> None:
         self.cfg, self.store, self.batch, self.seed, self.device, self.peers = cfg, store, batch, seed, device, peers
+        self.frames = Frames(store, device)
         self.train = transitions(store, "train", cfg)
         self.test = transitions(store, "test", cfg)
         with torch.random.fork_rng(devices=[]):
@@ -69,11 +71,11 @@ class LamStage:
     def read(self, step: int) -> LamBatch:
         """This process's share of a step's batch, on the host."""
         samples = self.peers.share(self.batch)
-        return lam_batch(self.store, self.train, (self.seed, self.name, step), samples, self.batch)
+        return lam_batch(self.frames, self.train, (self.seed, self.name, step), samples, self.batch)
 
     def loss(self, batch: LamBatch) -> Tensor:
         """The loss of a batch on the device."""
-        out = lam_loss(self.model, batch, self.keys, self.peers)
+        out = lam_loss(self.model, self.frames, batch, self.keys, self.peers)
         self.health.update(out.codes)
         return out.loss
 
@@ -89,8 +91,8 @@ class LamStage:
         """Loss on held-out transitions, with the same prefixes, times and noise at every validation."""
         total = 0.0
         for i in range(8):
-            batch = lam_batch(self.store, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
-            total += float(lam_loss(self.model, to_device(batch, self.device), self.test_keys).flow)
+            batch = lam_batch(self.frames, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
+            total += float(lam_loss(self.model, self.frames, to_device(batch, self.device), self.test_keys).flow)
         return {"val/loss": total / 8}
 
     def identity(self) -> Mapping[str, Any]:
@@ -114,17 +116,17 @@ def transitions(store: EpisodeStore, split: str, cfg: FlexLAMConfig) -> NDArray[
 
 
 def lam_batch(
-    store: EpisodeStore, pool: NDArray[np.int64], where: tuple[int, str, int], samples: range, batch: int
+    frames: Frames, pool: NDArray[np.int64], where: tuple[int, str, int], samples: range, batch: int
 ) -> LamBatch:
     """Draw ``samples`` of the batch at ``where`` = (seed, stage, step) from ``pool``; ``batch`` is its whole size."""
     index = pool[picks(len(pool), *where, samples)]
-    return LamBatch(torch.from_numpy(store.take(np.stack([index, index + 1]))), streams(where[2], samples, batch))
+    return LamBatch(frames.read(np.stack([index, index + 1])), streams(where[2], samples, batch))
 
 
-def lam_loss(model: LatentActionModel, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
+def lam_loss(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
     """The loss of a batch on the device, with prefixes, times and noise drawn there."""
     cfg = model.cfg
-    now, following = batch.frames
+    now, following = frames.on_device(batch.frames)
     keep = sample_prefix(cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
     tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], cfg.decoder.tau_mean)
     noise = draw_normal(keys.noise, batch.streams, now[0].numel())

@@ -140,7 +140,9 @@ class Trainer:
             graphs = "no CUDA graphs: " + ("a CPU" if self.device.type == "cpu" else "more than one process")
         held = "weights in parts (FSDP2)" if self.shard else "weights in each (DDP)"
         shared = f", batch shared by {self.peers.size} processes, {held}" if self.peers.size > 1 else ""
-        return f"{self.stage.name}: {self.device}, {precision}, backend {self.backend.name}, {graphs}{shared}"
+        frames = getattr(self.stage, "frames", None)
+        where = "" if frames is None or self.device.type == "cpu" else f"; {frames.reason}"
+        return f"{self.stage.name}: {self.device}, {precision}, backend {self.backend.name}, {graphs}{shared}{where}"
 
     def run(self) -> Progress:
         """Train to the end; returns at once when there is nothing left to do.

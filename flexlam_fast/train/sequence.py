@@ -16,9 +16,11 @@ from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import DataError
 from flexlam_fast.layers import normalise
 from flexlam_fast.ops.loss import cross_entropy
+from flexlam_fast.ops.varlen import Sequences
 from flexlam_fast.sequence.layout import CODES, OBSERVATION, Layout, history_layout
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.sequence.packing import is_causal
+from flexlam_fast.sequence.packing import Packer, is_causal
+from flexlam_fast.train.frames import Frames
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.peers import ALONE, Peers
@@ -55,10 +57,10 @@ def windows(store: EpisodeStore, split: str, stride: int) -> tuple[Windows, ...]
 
 
 class SequenceBatch(NamedTuple):
-    """Windows that share a phase on the stride grid.
+    """Windows that share a phase on the stride grid, padded where an episode ends.
 
-    frames: uint8 ``[B, T, H, W, C]``; codes: int64 ``[B, T, K]``; inside: bool ``[B, T]``, False past an episode's end;
-    phase: of all windows.
+    frames: ``[B, T]`` as ``Frames.read`` has them; codes: int64 ``[B, T, K]``; inside: bool ``[B, T]``, False past an
+    episode's end; phase: of all windows.
     """
 
     frames: Tensor
@@ -67,36 +69,65 @@ class SequenceBatch(NamedTuple):
     phase: int
 
 
+class PackedBatch(NamedTuple):
+    """Windows one after another, nothing padded: what stands in them, and the fields of ``sequence.packing.Packed``.
+
+    frames: ``[O]`` as ``Frames.read`` has them, of the observation blocks; codes: int64 ``[Z, K]``, the code blocks;
+    first: int64, which of the predictions are of first codes.
+    """
+
+    frames: Tensor
+    codes: Tensor
+    tokens: Tensor
+    positions: Tensor
+    starts: Tensor
+    source: Tensor
+    target: Tensor
+    first: Tensor
+    lengths: tuple[int, ...]
+    longest: int
+
+    @property
+    def repeats(self) -> bool:
+        """Whether other batches have these shapes: those whose windows are all whole do."""
+        return len(set(self.lengths)) == 1
+
+
 class Predictions(NamedTuple):
-    """Logits ``[B, M, C]``, targets int64 ``[B, M]`` (IGNORE where there is none), and the layout they belong to.
+    """Logits ``[M, C]`` and targets int64 ``[M]`` (IGNORE where there is none); ``first``: which are of first codes.
 
     ``backend`` is that of the loss.
     """
 
     logits: Tensor
     target: Tensor
-    layout: Layout
+    first: Tensor
     backend: str = REFERENCE
+
+    def targets(self) -> Tensor:
+        """How many targets there are."""
+        return (self.target != IGNORE).sum()
 
     def loss(self, count: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over all targets and divided by ``count`` (None: how many there are)."""
-        logits, target = self.logits.flatten(0, 1), self.target.flatten()
-        mean = cross_entropy(logits, target, ignore_index=IGNORE, backend=self.backend)
-        return mean if count is None else mean * ((target != IGNORE).sum() / count)
+        mean = cross_entropy(self.logits, self.target, ignore_index=IGNORE, backend=self.backend)
+        return mean if count is None else mean * (self.targets() / count)
 
-    def first(self) -> Predictions:
+    def firsts(self) -> Predictions:
         """Those of first codes alone."""
-        here = self.layout.slot == 0
-        return self._replace(logits=self.logits[:, here], target=self.target[:, here])
+        return self._replace(logits=self.logits[self.first], target=self.target[self.first])
 
     def right(self) -> tuple[Tensor, Tensor]:
         """How many targets are the likeliest code, and how many there are."""
-        seen = self.target != IGNORE
-        return ((self.logits.detach().argmax(-1) == self.target) & seen).sum(), seen.sum()
+        likeliest = self.logits.detach().argmax(-1)
+        return ((likeliest == self.target) & (self.target != IGNORE)).sum(), self.targets()
 
 
 class SequenceStage:
-    """Next-code cross-entropy over windows; every sample of a step shares its phase, so that one mask serves all."""
+    """Next-code cross-entropy over windows; every sample of a step shares its phase, so that one mask serves all.
+
+    Where that mask is plain causal, as with one decision a window, the fused ops take windows packed without padding.
+    """
 
     name = "sequence"
 
@@ -115,26 +146,28 @@ class SequenceStage:
         self.batch, self.seed, self.device, self.source = batch, seed, device, source
         stride, window = cfg.sequence.stride, cfg.sequence.window
         self.train, self.test = windows(store, "train", stride), windows(store, "test", stride)
-        self.layouts = [_to(history_layout(cfg, window, phase), device) for phase in range(stride)]
-        self.causal = [is_causal(layout) for layout in self.layouts]  # whose attention then needs no mask
+        layouts = [history_layout(cfg, window, phase) for phase in range(stride)]
+        self.packer = Packer(layouts) if all(is_causal(layout) for layout in layouts) else None
+        self.firsts = [torch.nonzero(layout.slot == 0).flatten().to(device) for layout in layouts]
+        self.layouts = [_to(layout, device) for layout in layouts]
+        self.frames = Frames(store, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = SequenceModel(cfg).to(device)
         self.health = CodebookHealth(cfg.bottleneck.slots, cfg.bottleneck.codebook_size, device)
         self.hits = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def read(self, step: int) -> SequenceBatch:
+    def read(self, step: int) -> SequenceBatch | PackedBatch:
         """This process's share of a step's batch, on the host."""
         phase = int(picks(len(self.train), self.seed, "sequence-phase", step, range(1))[0])
         return self._windows(self.train[phase], (self.seed, self.name, step), self.peers.share(self.batch), phase)
 
-    def loss(self, batch: SequenceBatch) -> Tensor:
+    def loss(self, batch: SequenceBatch | PackedBatch) -> Tensor:
         """The loss of a batch on the device."""
         found = self.predict(batch)
-        right, seen = found.first().right()
-        self.hits += torch.stack([right, seen])
-        self.health.update(batch.codes.flatten(0, 1))
-        return found.loss(self.peers.mean((found.target != IGNORE).sum().float()))
+        self.hits += torch.stack(found.firsts().right())
+        self.health.update(batch.codes.flatten(0, -2))
+        return found.loss(self.peers.mean(found.targets().float()))
 
     def tallies(self) -> Sequence[Tensor]:
         """What :meth:`loss` counts on the device."""
@@ -154,7 +187,7 @@ class SequenceStage:
             phase = i % len(self.layouts)
             batch = self._windows(self.test[phase], (self.seed, "sequence-test", i), range(self.batch), phase)
             found = self.predict(to_device(batch, self.device))
-            first = found.first()
+            first = found.firsts()
             right, seen = first.right()
             total, first_total = total + float(found.loss()), first_total + float(first.loss())
             share += float(right) / float(seen)
@@ -165,22 +198,50 @@ class SequenceStage:
         """Data, the LAM whose codes these are, seed and batch."""
         return {"data": self.store.fingerprint, "lam": self.source, "seed": self.seed, "batch": self.batch}
 
-    def predict(self, batch: SequenceBatch) -> Predictions:
+    def predict(self, batch: SequenceBatch | PackedBatch) -> Predictions:
         """What the model says about a batch on the device."""
+        if isinstance(batch, PackedBatch):
+            return self._predict_packed(batch)
         layout = self.layouts[batch.phase]
-        tokens = embed(self.model, layout, normalise(batch.frames), batch.codes)
-        hidden = self.model(tokens, layout.positions, None if self.causal[batch.phase] else layout.mask)
+        tokens = embed(self.model, layout, normalise(self.frames.on_device(batch.frames)), batch.codes)
+        hidden = self.model(tokens, layout.positions, layout.mask)[:, layout.source]
         target = batch.codes[:, layout.frame, layout.slot].masked_fill(~batch.inside[:, layout.frame], IGNORE)
-        return Predictions(self.model.head(hidden[:, layout.source]), target, layout, self.model.backend)
+        rows = torch.arange(0, target.numel(), target.shape[1], device=target.device)
+        first = (rows.unsqueeze(1) + self.firsts[batch.phase]).flatten()
+        return Predictions(self.model.head(hidden.flatten(0, 1)), target.flatten(), first, self.model.backend)
 
-    def _windows(self, pool: Windows, where: tuple[int, str, int], samples: range, phase: int) -> SequenceBatch:
+    def _predict_packed(self, batch: PackedBatch) -> Predictions:
+        model, slots = self.model, torch.arange(batch.codes.shape[1], device=self.device)
+        pixels = normalise(self.frames.on_device(batch.frames))
+        parts = model.embed_frames(pixels), model.embed_codes(batch.codes, slots)
+        tokens = torch.cat([part.flatten(0, 1) for part in parts])[batch.tokens].unsqueeze(0)
+        packed = Sequences(batch.starts, batch.longest, batch.lengths)
+        hidden = model(tokens, batch.positions, packed=packed)[0, batch.source]
+        return Predictions(model.head(hidden), batch.codes.flatten()[batch.target], batch.first, model.backend)
+
+    def _windows(
+        self, pool: Windows, where: tuple[int, str, int], samples: range, phase: int
+    ) -> SequenceBatch | PackedBatch:
         chosen = picks(len(pool.start), *where, samples)
         start, last = pool.start[chosen], pool.last[chosen]
+        if self.packer is not None and self.model.backend != REFERENCE:
+            return self._packed(start, last, phase)
         index = start[:, None] + np.arange(self.cfg.sequence.window)
         inside = torch.from_numpy(index <= last[:, None])
         index = np.minimum(index, last[:, None])
-        codes = torch.from_numpy(np.asarray(self.codes[index])).long()
-        return SequenceBatch(torch.from_numpy(self.store.take(index)), codes, inside, phase)
+        return SequenceBatch(self.frames.read(index), self._codes(index), inside, phase)
+
+    def _packed(self, start: NDArray[np.int64], last: NDArray[np.int64], phase: int) -> PackedBatch:
+        assert self.packer is not None
+        frames = np.minimum(last - start + 1, self.cfg.sequence.window)
+        p = self.packer([phase] * len(start), frames.tolist())
+        seen, made = (start[part[:, 0].numpy()] + part[:, 1].numpy() for part in (p.observed, p.blocks))
+        first = torch.nonzero(p.slot == 0).flatten()
+        rest = p.tokens, p.positions, p.starts, p.source, p.target, first, p.lengths, p.longest
+        return PackedBatch(self.frames.read(seen), self._codes(made), *rest)
+
+    def _codes(self, index: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.asarray(self.codes[index])).long()
 
 
 def embed(model: SequenceModel, layout: Layout, pixels: Tensor, codes: Tensor) -> Tensor:

@@ -103,7 +103,9 @@ class GraphedStep(Step):
         self.graphs = GraphedFunction(self._run, self.device, lambda: [*self.state(), *tallies()])
 
     def run(self, batch: Any) -> Tensor:
-        """Replay the graph of the batch's shape, after capturing it if it is new."""
+        """Replay the graph of the batch's shape, after capturing it if it is new; without one if no other has it."""
+        if not getattr(batch, "repeats", True):
+            return super().run(batch)
         self.kind = type(batch)
         return self.graphs(*batch)
 
