@@ -36,7 +36,9 @@ tests() {
         fsq_refusals fsq_compile accelerate_left accelerate_undo accelerate_backend accelerate_copies accelerate_compile
         accelerate_imports sequence_layout sequence_rope policy_weights policy_refusals accelerate_qwen_options
         accelerate_qwen_left accelerate_qwen_weights accelerate_qwen_record accelerate_qwen_copies profile_timeline
-        profile_shell native_block native_tiles engine engine_cuda)
+        profile_shell native_block native_tiles engine engine_cuda ops_rows ops_rows_contracts ops_rotary ops_loss
+        ops_draws ops_patches ops_flow_loss ops_varlen ops_varlen_packages packing train_loader data_resident step
+        train_fast repeat)
     local files=("${names[@]/#/tests/test_}")
     "$PYTHON" -m pytest -q "${files[@]/%/.py}"
 }
@@ -68,6 +70,13 @@ sanitizer() {
             "${ours[@]}" $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
             "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_fsq_backends.py tests/test_fsq_contracts.py \
             tests/test_ways.py -k "(cuda and (edge or budget or lengths_are)) or (fused_is and not dtype2)" || return 1
+    done
+    # training's kernels, forward and backward, on odd sizes
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --target-processes all \
+            "${ours[@]}" $([ "$tool" = memcheck ] && echo "--report-api-errors no") \
+            "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_ops_rows.py tests/test_ops_rotary.py \
+            tests/test_ops_loss.py tests/test_ops_flow_loss.py -k "within and float32 and triton" || return 1
     done
     # the persistent kernel on a small model: every phase, one session and several
     for tool in memcheck racecheck synccheck; do

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexlam_fast.backend import REFERENCE, choose
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON, choose, probe
 from flexlam_fast.checks import check_finite, check_tensor
-from flexlam_fast.errors import InputError
+from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops.activation import gelu
 from flexlam_fast.ops.attention import attention
 from flexlam_fast.ops.self_attention import self_attention_packed
@@ -143,18 +143,31 @@ def time_features(time: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def training_backend(name: str, device: torch.device) -> str:
+    """The backend of the ops of training that ``name`` means: C++ has them for a CPU, Triton for a GPU.
+
+    Raises:
+        BackendError: there is no such backend, or it was asked for by name and cannot run there.
+    """
+    if device.type != "cuda" or name not in (AUTO, NATIVE):
+        return choose(name, device).name
+    if name == NATIVE:
+        raise BackendError(f"backend: expected 'auto', 'triton' or 'reference' for layers on cuda, got {name!r}")
+    return TRITON if any(s.name == TRITON and s.available for s in probe(device)) else REFERENCE
+
+
 def set_backend(model: M, name: str, device: torch.device) -> M:
-    """Have the ops of ``model``'s layers run by backend ``name`` where they have one of that name, and return it.
+    """Have the ops of ``model``'s layers run by what :func:`training_backend` says of ``name``, and return the model.
 
     Args:
         model: whose modules with an attribute ``backend`` are told.
-        name: as :func:`flexlam_fast.backend.choose` has it.
+        name: of a backend, or ``"auto"``.
         device: where the model is.
 
     Raises:
         BackendError: a backend that cannot run there.
     """
-    chosen = choose(name, device).name
+    chosen = training_backend(name, device)
     for module in model.modules():
         if hasattr(module, "backend"):
             setattr(module, "backend", chosen)  # noqa: B010  # to a type checker it is a tensor or a module

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlam_fast.backend import TRITON, choose
+from flexlam_fast.backend import AUTO, REFERENCE, TRITON, choose
 from flexlam_fast.checks import check_budget, check_finite, check_tensor
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.deadline import LatencyTable, measure
 from flexlam_fast.errors import BackendError, BudgetError, CacheError, InputError
 from flexlam_fast.graphs import GraphedLoop
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.layers import Attention
+from flexlam_fast.layers import Attention, set_backend
 from flexlam_fast.loop import DecisionLoop, How, Outcome, stages_of
 from flexlam_fast.ops.attention import choose_attention
 from flexlam_fast.pretrained import Pretrained
@@ -88,6 +88,7 @@ class Policy(Pretrained):
             part.to(self.device).eval().requires_grad_(False)
         for stage in (self.lam.encoder, self.lam.decoder, self.sequence, self.translator):
             stage.to(dtype)
+        set_backend(self.lam.decoder, REFERENCE if self.backend.name == REFERENCE else AUTO, self.device)
         layers = [part for part in self.lam.encoder.modules() if isinstance(part, Attention)]
         self.attention = choose_attention(self.device, dtype, layers[0].head_dim, attention)
         for layer in layers:

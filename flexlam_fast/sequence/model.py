@@ -14,6 +14,7 @@ from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import patchify, product_dtype
 from flexlam_fast.ops.activation import swiglu
+from flexlam_fast.ops.patches import frame_patches
 from flexlam_fast.ops.rms_norm import rms_norm
 from flexlam_fast.ops.rotary import qk_norm_rope
 from flexlam_fast.ops.self_attention import self_attention
@@ -182,9 +183,15 @@ class SequenceModel(nn.Module):
         x: Tensor = self.codes(codes.long())
         return x + self.slot_place[slots] if self.cfg.sequence.places else x
 
-    def embed_frames(self, pixels: Tensor) -> Tensor:
-        """Pixels ``[B, C, H, W]`` in ``[-1, 1]`` to an observation block ``[B, tokens per frame, hidden]``."""
-        x: Tensor = self.observe(patchify(pixels, self.cfg.sequence.patch))
+    def embed_frames(self, frames: Tensor) -> Tensor:
+        """Observation blocks ``[B, tokens per frame, hidden]`` of pixels ``[B, C, H, W]`` in ``[-1, 1]``, or of stored
+        frames, uint8 ``[B, H, W, C]``."""
+        patch = self.cfg.sequence.patch
+        if frames.dtype == torch.uint8:
+            patches = frame_patches(frames, patch, dtype=product_dtype(self.observe.weight), backend=self.backend)
+        else:
+            patches = patchify(frames, patch)
+        x: Tensor = self.observe(patches)
         return x + self.patch_place if self.cfg.sequence.places else x
 
     def forward(

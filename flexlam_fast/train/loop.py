@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexlam_fast.backend import AUTO, choose
+from flexlam_fast.backend import AUTO
 from flexlam_fast.checkpoint import load_checkpoint, match_tensors, recover_checkpoint, save_checkpoint
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.errors import CheckpointError, FlexLAMError
-from flexlam_fast.layers import set_backend
+from flexlam_fast.layers import set_backend, training_backend
 from flexlam_fast.train.loader import Loader
 from flexlam_fast.train.metrics import MetricsLog
 from flexlam_fast.train.peers import LostPeer, Peers, is_loss_of_peer, whole
@@ -116,8 +116,8 @@ class Trainer:
         self.stage, self.recipe, self.directory, self.device = stage, recipe, directory, device
         self.peers, self.writes = stage.peers, stage.peers.rank == 0
         self.bf16 = wants_bf16(device, precision)
-        self.backend = choose(backend, device)
-        set_backend(stage.model, self.backend.name, device)
+        self.backend = training_backend(backend, device)
+        set_backend(stage.model, self.backend, device)
         self.progress, self.stopped = Progress(0, float("inf")), False
         directory.mkdir(parents=True, exist_ok=True)
         moments = self._resume()
@@ -142,7 +142,7 @@ class Trainer:
         shared = f", batch shared by {self.peers.size} processes, {held}" if self.peers.size > 1 else ""
         frames = getattr(self.stage, "frames", None)
         where = "" if frames is None or self.device.type == "cpu" else f"; {frames.reason}"
-        return f"{self.stage.name}: {self.device}, {precision}, backend {self.backend.name}, {graphs}{shared}{where}"
+        return f"{self.stage.name}: {self.device}, {precision}, backend {self.backend}, {graphs}{shared}{where}"
 
     def run(self) -> Progress:
         """Train to the end; returns at once when there is nothing left to do.

@@ -14,7 +14,6 @@ from flexlam_fast.backend import REFERENCE
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import DataError
-from flexlam_fast.layers import normalise
 from flexlam_fast.ops.loss import cross_entropy
 from flexlam_fast.ops.varlen import Sequences
 from flexlam_fast.sequence.layout import CODES, OBSERVATION, Layout, history_layout
@@ -203,7 +202,7 @@ class SequenceStage:
         if isinstance(batch, PackedBatch):
             return self._predict_packed(batch)
         layout = self.layouts[batch.phase]
-        tokens = embed(self.model, layout, normalise(self.frames.on_device(batch.frames)), batch.codes)
+        tokens = embed(self.model, layout, self.frames.on_device(batch.frames), batch.codes)
         hidden = self.model(tokens, layout.positions, layout.mask)[:, layout.source]
         target = batch.codes[:, layout.frame, layout.slot].masked_fill(~batch.inside[:, layout.frame], IGNORE)
         rows = torch.arange(0, target.numel(), target.shape[1], device=target.device)
@@ -212,8 +211,8 @@ class SequenceStage:
 
     def _predict_packed(self, batch: PackedBatch) -> Predictions:
         model, slots = self.model, torch.arange(batch.codes.shape[1], device=self.device)
-        pixels = normalise(self.frames.on_device(batch.frames))
-        parts = model.embed_frames(pixels), model.embed_codes(batch.codes, slots)
+        frames = self.frames.on_device(batch.frames)
+        parts = model.embed_frames(frames), model.embed_codes(batch.codes, slots)
         tokens = torch.cat([part.flatten(0, 1) for part in parts])[batch.tokens].unsqueeze(0)
         packed = Sequences(batch.starts, batch.longest, batch.lengths)
         hidden = model(tokens, batch.positions, packed=packed)[0, batch.source]
@@ -244,20 +243,20 @@ class SequenceStage:
         return torch.from_numpy(np.asarray(self.codes[index])).long()
 
 
-def embed(model: SequenceModel, layout: Layout, pixels: Tensor, codes: Tensor) -> Tensor:
+def embed(model: SequenceModel, layout: Layout, frames: Tensor, codes: Tensor) -> Tensor:
     """Embed every token of a layout.
 
     Args:
         model: whose embeddings.
         layout: what stands where.
-        pixels: frames ``[B, T, C, H, W]`` in ``[-1, 1]``.
+        frames: as ``SequenceModel.embed_frames`` takes them, ``[B, T, ...]``.
         codes: blocks ``[B, T, K]``, kept and scratch alike.
 
     Returns:
         ``[B, N, hidden]``.
     """
-    b, t = pixels.shape[:2]
-    observed = model.embed_frames(pixels.flatten(0, 1)).unflatten(0, (b, t))
+    b, t = frames.shape[:2]
+    observed = model.embed_frames(frames.flatten(0, 1)).unflatten(0, (b, t))
     blocks = model.embed_codes(codes.flatten(0, 1), torch.arange(codes.shape[2], device=codes.device)).unflatten(
         0, (b, t)
     )
