@@ -91,10 +91,6 @@ class Peers:
         """The sum of ``x`` over the processes, without a gradient."""
         return x if self.size == 1 else _total(x.detach())
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in one of the processes; all hear the same."""
-        return bool(self.mean(torch.tensor(float(flag)))) if self.size > 1 else flag
-
     def wait(self) -> None:
         """Wait for all of them to get here."""
         if self.size > 1:
