@@ -23,13 +23,13 @@ pytest.importorskip("pyarrow")
 from flexlam_fast.data.resident import FrameCache
 from flexlam_fast.data.store import EpisodeStore, EpisodeWriter
 from flexlam_fast.train.loader import Loader
-from flexlam_fast.train.random import generator, pick, picks, uniform
+from flexlam_fast.train.random import picks
 
 BATCH, STEPS, STEP_S = 256, 12, 0.015
 SHAPE, EPISODES, LENGTH = (64, 64, 3), 40, 250
-TAKE, TODAY, RESIDENT = (
+TAKE, DRAWN, RESIDENT = (
     "store.take in the training thread",
-    "the same, a generator a sample and its noise",
+    "the same, with a torch.Generator a sample for its index and noise",
     "FrameCache",
 )
 
@@ -72,13 +72,13 @@ def test_loader(benchmark: Any, results: Results, rounds: int, store: EpisodeSto
         for step in range(STEPS):
             yield Batch(*(part.to(device) for part in make(step)))
 
-    def today() -> Iterator[Tensor]:
-        """As ``train.lam.lam_loss`` draws a batch."""
+    def drawn() -> Iterator[Tensor]:
+        """What a batch would cost whose random numbers came from torch, a function of (step, sample) all the same."""
         for step in range(STEPS):
-            sources = [generator(0, "lam", step, sample) for sample in range(BATCH)]
-            index = np.asarray([pool[pick(len(pool), g)] for g in sources])
+            sources = [torch.Generator().manual_seed(step * BATCH + sample) for sample in range(BATCH)]
+            index = np.asarray([pool[int(torch.randint(len(pool), (1,), generator=g))] for g in sources])
             for g in sources:
-                uniform(g), torch.randn((), generator=g), torch.randn((3, 64, 64), generator=g)
+                torch.rand((), generator=g), torch.randn((), generator=g), torch.randn((3, 64, 64), generator=g)
             yield torch.from_numpy(store.take(np.stack([index, index + 1]))).to(device)
 
     def resident() -> Iterator[Batch]:
@@ -96,7 +96,7 @@ def test_loader(benchmark: Any, results: Results, rounds: int, store: EpisodeSto
 
         return run
 
-    peers = {TAKE: consumed(between), TODAY: consumed(today), RESIDENT: consumed(resident)}
+    peers = {TAKE: consumed(between), DRAWN: consumed(drawn), RESIDENT: consumed(resident)}
     timing = in_turns(benchmark, consumed(ahead), peers, results.machine.wall, rounds)
     frames = STEPS * 2 * BATCH
     rates = ", ".join(f"{name} {1e3 * frames / timing.median(name):.4g}" for name in (OURS, *peers))

@@ -247,3 +247,11 @@ def test_a_quick_run_checks_times_and_writes_rows(tmp_path: Path) -> None:
         assert "of a copy in this run" in row["note"]
         assert "MB," in row["note"]
         assert "no torch.compile peer: not asked for" in row["note"]
+
+
+def test_every_bench_can_be_collected() -> None:
+    """They use names of the package that no test calls."""
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "train/lam/tiny" in done.stdout
