@@ -33,6 +33,8 @@ COMPILED = "flexlam_fast reference, torch.compile"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = ("tiny", "dmlab") if DEVICE == "cuda" else ("tiny",)  # the sizes of dmlab are for a GPU
 SAMPLES = 8
+#: Of its DMLab models, on one H100 (paper A.6, B.2), by stage; other sizes than ``dmlab``'s have no such figure.
+PAPER_STEPS, PAPER_HOURS = 300_000, {("lam", True): 24, ("sequence", True): 46}
 
 
 class Stepper(NamedTuple):
@@ -100,9 +102,12 @@ def told(step: Stepper, timing: Timing, units: int, unit: str, work: Work, resul
     share = work.operations / seconds / results.machine.arithmetic(work.dtype)
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.3g} GB of GPU memory at most" if DEVICE == "cuda" else ""
     kind = str(work.dtype).removeprefix("torch.")
+    hours = PAPER_STEPS * seconds / 3600
+    paper = PAPER_HOURS.get((step.trainer.stage.name, step.trainer.stage.cfg == FlexLAMConfig.preset("dmlab")))
+    projected = f"; {hours:.3g} hours for the paper's {PAPER_STEPS:,} steps, which took it {paper}" if paper else ""
     return (
         f"{step.trainer.describe()}; {units / seconds:.4g} {unit}/s, {share:.0%} of a matmul's rate in {kind} (MFU)"
-        f"{memory}; {torch.get_num_threads()} threads"
+        f"{memory}; {torch.get_num_threads()} threads{projected}"
     )
 
 
