@@ -14,6 +14,7 @@ from flexlam_fast.checks import check_finite, check_tensor
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops.activation import gelu
 from flexlam_fast.ops.attention import attention
+from flexlam_fast.ops.patches import patches_of, pixels_of
 from flexlam_fast.ops.self_attention import self_attention_packed
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,7 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def normalise(frames: Tensor) -> Tensor:
     """uint8 frames ``[..., H, W, C]`` to fp32 pixels ``[..., C, H, W]`` in ``[-1, 1]`` (``uint8 / 127.5 - 1``)."""
-    return frames.movedim(-1, -3).float() / 127.5 - 1.0
+    return pixels_of(frames)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -49,9 +50,7 @@ def as_pixels(name: str, frames: Tensor, size: int, channels: int) -> Tensor:
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
     """``[B, C, H, W]`` to patches ``[B, H/p * W/p, C * p * p]``, row by row."""
-    b, c, h, w = pixels.shape
-    x = pixels.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
+    return patches_of(pixels, patch)
 
 
 def unpatchify(patches: Tensor, patch: int, channels: int, size: int) -> Tensor:

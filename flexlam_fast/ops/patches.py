@@ -114,12 +114,12 @@ def flow_patches(
 
 
 def pixels_of(frames: Tensor) -> Tensor:
-    """uint8 ``[B, H, W, C]`` to fp32 ``[B, C, H, W]``, as ``layers.normalise``."""
+    """uint8 ``[..., H, W, C]`` to fp32 ``[..., C, H, W]`` in ``[-1, 1]``: ``uint8 / 127.5 - 1``."""
     return frames.movedim(-1, -3).float() / 127.5 - 1.0
 
 
 def patches_of(pixels: Tensor, patch: int) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, N, C p p]``, as ``layers.patchify``."""
+    """``[B, C, H, W]`` to ``[B, N, C p p]``, row by row."""
     b, c, h, w = pixels.shape
     x = pixels.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)

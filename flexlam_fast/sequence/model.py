@@ -14,6 +14,7 @@ from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import patchify, product_dtype
 from flexlam_fast.ops.activation import swiglu
+from flexlam_fast.ops.linear import rms_norm as plain_rms_norm
 from flexlam_fast.ops.patches import frame_patches
 from flexlam_fast.ops.rms_norm import rms_norm
 from flexlam_fast.ops.rotary import qk_norm_rope
@@ -71,9 +72,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., W]`` to ``[..., W]``."""
-        y = x.to(at_least_fp32(x.dtype))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return plain_rms_norm(x, self.weight, self.eps)
 
 
 class SequenceBlock(nn.Module):

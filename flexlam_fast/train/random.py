@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flexlam_fast.errors import InputError
+from flexlam_fast.ops import philox
 
-_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_HALF = np.uint64(32)
 
 
 def draw_key(seed: int, *where: str, device: torch.device | None = None) -> Tensor:
@@ -53,23 +54,13 @@ def picks(count: int, seed: int, stage: str, step: int, samples: ArrayLike) -> N
     whole = np.issubdtype(wanted.dtype, np.integer) or not wanted.size
     if step < 0 or not whole or (wanted.size and int(wanted.min()) < 0):
         raise InputError(f"samples: expected integers from 0 on at a step from 0 on, got {samples!r} at {step!r}")
-    sample, zeros = wanted.astype(np.uint64), np.zeros(wanted.shape, dtype=np.uint64)
-    steps = zeros + np.uint64(step & 0xFFFFFFFF), zeros + np.uint64(step >> 32)
-    high, low, *_ = philox(_number(seed, stage, "picks"), sample & _WORD, sample >> _HALF, *steps)
-    many = np.uint64(count)
+    sample = torch.from_numpy(wanted.astype(np.int64))
+    steps = (torch.full_like(sample, part) for part in (step & philox.MASK, step >> 32))
+    key = torch.from_numpy(np.array(_number(seed, stage, "picks"), dtype=np.uint64).view(np.int64))
+    words = philox.words(key, sample & philox.MASK, sample >> 32, *steps)
+    high, low = (word.numpy().astype(np.uint64) for word in words[:2])
+    many = np.uint64(count)  # times 32 bits it fits 64
     return ((high * many + (low * many >> _HALF)) >> _HALF).astype(np.int64)
-
-
-def philox(key: int, *counter: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], ...]:
-    """Four words of Philox4x32-10 (Salmon et al., 2011), as ``ops.philox.words``, of four arrays of 32-bit words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c2 = (p1 >> _HALF) ^ c1 ^ np.uint64(k0), (p0 >> _HALF) ^ c3 ^ np.uint64(k1)
-        c1, c3 = p1 & _WORD, p0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
 
 
 def _number(seed: int, *where: str) -> int:
