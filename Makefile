@@ -18,8 +18,8 @@ install: $(VENV)/.dev  ## everything for development, editable, in $(VENV)
 demo: $(VENV)/.demo  ## play the shipped checkpoint at several budgets and write out/demo/report.html
 	$(BIN)/flexlam-fast demo --output $(OUTPUT)
 
-test: $(VENV)/.dev  ## the tests, then lint
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.dev  ## the tests, in as many processes as there are cores, then lint
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 	@$(MAKE) --no-print-directory lint
 
 lint: $(VENV)/.dev  ## ruff and mypy
