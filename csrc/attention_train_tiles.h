@@ -67,15 +67,6 @@ inline void pack_rows(const Half* rows, const Sizes& n, std::uint32_t* to) {
     for (std::int64_t d = 0; d < n.wide; d += pairs) transpose(rows + d, n.wide * 2, to + d / pairs * words);
 }
 
-// Two tokens' numbers in one word each.
-inline void weave(__m512i a, __m512i b, std::uint32_t* low, std::uint32_t* high) {
-    const __m512i to_low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i to_high = _mm512_add_epi16(to_low, _mm512_set1_epi16(16));
-    _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, to_low, b));
-    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(a, to_high, b));
-}
-
 // Rows of 32 tokens as woven tiles [wide / 16] of 16 dims: second factors of a product over tokens.
 inline void weave_rows(const Half* rows, const Sizes& n, std::uint32_t* to) {
     for (std::int64_t d = 0; d < n.wide; d += pairs, to += 2 * words)

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "linear_train.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -66,6 +68,13 @@ void swiglu(Address grad, Address gate, Address up, Address out, Address other, 
                     threads, variant);
 }
 
+void linear_gradients(Address grad, Address x, std::int64_t grad_row, std::int64_t x_row, Address weight, Address bias,
+                      std::int64_t rows, std::int64_t outer, std::int64_t inner, int threads) {
+    if (!flexlam::takes_linear(outer, inner)) throw std::invalid_argument("outer, inner: expected whole 32s, and AMX");
+    flexlam::linear_gradients(
+        {at(grad), at(x), grad_row, x_row, at<float>(weight), at<float>(bias), rows, outer, inner}, threads);
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -87,4 +96,9 @@ void bind_rows(py::module_& m) {
     m.def("swiglu", &swiglu, free_gil, py::arg("grad"), py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("other"),
           py::arg("rows"), py::arg("width"), py::arg("last"), py::arg("gate_row"), py::arg("up_row"), py::arg("type"),
           py::arg("threads"), py::arg("variant") = "", "silu(gate) * up, or with `grad` its gradients: MapArgs.");
+    m.def("takes_linear", &flexlam::takes_linear, py::arg("outer"), py::arg("inner"),
+          "Whether linear_gradients takes such widths here.");
+    m.def("linear_gradients", &linear_gradients, free_gil, py::arg("grad"), py::arg("x"), py::arg("grad_row"),
+          py::arg("x_row"), py::arg("weight"), py::arg("bias"), py::arg("rows"), py::arg("outer"), py::arg("inner"),
+          py::arg("threads"), "Gradients of a linear layer's weight and bias: LinearGrads.");
 }

@@ -83,6 +83,15 @@ inline __m512i pack(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(order, both);
 }
 
+// Numbers of two rows in one word each: the low and the high 16 words.
+inline void weave(__m512i a, __m512i b, std::uint32_t* low, std::uint32_t* high) {
+    const __m512i to_low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i to_high = _mm512_add_epi16(to_low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, to_low, b));
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(a, to_high, b));
+}
+
 // out[32 rows][16 blocks] = 32 rows of `w` from `row` on (bf16, [., inner]) x packed [inner / 32][blocks] tiles.
 inline void product(const std::uint16_t* w, std::int64_t row, std::int64_t inner, const std::uint32_t* packed,
                     std::int64_t blocks, float* out) {

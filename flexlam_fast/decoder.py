@@ -10,6 +10,7 @@ from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.layers import (
     MLP,
     Attention,
+    Linear,
     init_linear,
     patchify,
     product_dtype,
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         super().__init__()
         dec = cfg.decoder
         self.patch, self.channels, self.size = dec.patch, cfg.channels, cfg.frame
-        self.embed = nn.Linear(2 * cfg.channels * dec.patch**2, dec.width)
+        self.embed = Linear(2 * cfg.channels * dec.patch**2, dec.width)
         self.position = nn.Parameter(sincos_grid(cfg.frame // dec.patch, dec.width))
         self.latent = nn.Linear(cfg.bottleneck.dim, dec.width)
         self.slot = nn.Parameter(torch.randn(cfg.bottleneck.slots, dec.width) * 0.5)
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         self.time = nn.Sequential(*steps)
         self.blocks = nn.ModuleList(DecoderBlock(dec.width, dec.heads, dec.head_dim, dec.ffn) for _ in range(dec.depth))
         self.condition = nn.Linear(dec.width, 2 * dec.width)
-        self.head = nn.Linear(dec.width, cfg.channels * dec.patch**2)
+        self.head = Linear(dec.width, cfg.channels * dec.patch**2)
         self.apply(init_linear)
         # Xavier would let d = 4 inputs whisper beside the slot embeddings; codes would collapse before they are heard
         nn.init.normal_(self.latent.weight, std=cfg.bottleneck.dim**-0.5)

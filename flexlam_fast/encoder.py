@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flexlam_fast.backend import REFERENCE
 from flexlam_fast.config import FlexLAMConfig
-from flexlam_fast.layers import MLP, Attention, init_linear, patchify, product_dtype, sincos_grid
+from flexlam_fast.layers import MLP, Attention, Linear, init_linear, patchify, product_dtype, sincos_grid
 from flexlam_fast.ops.encode import TransformerEngine
 from flexlam_fast.ops.modulate import layer_norm
 from flexlam_fast.ops.patches import tubelets
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         enc = cfg.encoder
         self.patch = enc.patch
         self.slots, self.heads = cfg.bottleneck.slots, enc.heads
-        self.embed = nn.Linear(enc.tubelet * cfg.channels * enc.patch**2, enc.width)
+        self.embed = Linear(enc.tubelet * cfg.channels * enc.patch**2, enc.width)
         self.position = nn.Parameter(sincos_grid(cfg.frame // enc.patch, enc.width))
         self.queries = nn.Parameter(torch.randn(self.slots, enc.width) * 0.5)
         self.blocks = nn.ModuleList(EncoderBlock(enc.width, enc.heads, enc.mlp_ratio) for _ in range(enc.depth))

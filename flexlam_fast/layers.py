@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON, choose, probe
 from flexlam_fast.checks import check_finite, check_tensor
 from flexlam_fast.errors import BackendError, InputError
+from flexlam_fast.ops import linear_train
 from flexlam_fast.ops.activation import gelu
 from flexlam_fast.ops.attention import attention
 from flexlam_fast.ops.patches import patches_of, pixels_of
@@ -82,6 +83,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class Linear(nn.Linear):
+    """A linear layer; in training by C++ under bf16 autocast, with gradients of weight and bias in fp32."""
+
+    backend = REFERENCE
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., I]`` to ``[..., O]``."""
+        if self.backend == NATIVE and self._trains_in_bf16() and linear_train.takes(x.device, *self.weight.shape):
+            return linear_train.linear_bf16(x, self.weight, self.bias, backend=NATIVE)
+        return super().forward(x)
+
+    def _trains_in_bf16(self) -> bool:
+        weight = self.weight
+        wants = torch.is_grad_enabled() and weight.requires_grad and weight.dtype == torch.float32
+        return wants and product_dtype(weight) == torch.bfloat16
+
+
 class Attention(nn.Module):
     """Full multi-head self-attention with one fused query-key-value projection.
 
@@ -94,8 +112,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         self.implementation: str | None = None
-        self.qkv = nn.Linear(width, 3 * heads * head_dim)
-        self.out = nn.Linear(heads * head_dim, width)
+        self.qkv = Linear(width, 3 * heads * head_dim)
+        self.out = Linear(heads * head_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, W]`` to ``[B, N, W]``."""
@@ -118,8 +136,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., W]`` to ``[..., W]``."""

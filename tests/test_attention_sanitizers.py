@@ -1,4 +1,4 @@
-"""Training's attention in C++ under sanitizers: nothing beyond what it was given, nothing undefined, no data race."""
+"""Training in C++ under sanitizers: nothing beyond what it was given, nothing undefined, no data race."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FLAGS = {
     "attention_train_avx512": WIDE,
     "attention_train_amx": TILES,
     "attention_train_amx_backward": TILES,
+    "linear_train_amx": TILES,
     "prefill_amx": TILES,
 }
 PLAIN = ["attention_train", "attention_train_portable", "parallel", "variants", "cpu_features"]
@@ -28,7 +29,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_training_attention_has_no_finding(sanitizer: str, tmp_path: Path) -> None:
+def test_training_has_no_finding(sanitizer: str, tmp_path: Path) -> None:
     common = [str(COMPILER), "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-DFLEXLAM_OWN_THREADS"]
     common += ["-DFLEXLAM_X86_VARIANTS", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     sources = [(ROOT / "csrc" / f"{name}.cpp", FLAGS.get(name, [])) for name in [*FLAGS, *PLAIN]]

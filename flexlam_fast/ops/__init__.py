@@ -6,6 +6,7 @@ from flexlam_fast.ops.draws import draw_normal, draw_uniform
 from flexlam_fast.ops.flow_loss import flow_loss
 from flexlam_fast.ops.fsq import codes_to_latents, fsq, fsq_project, fsq_sample
 from flexlam_fast.ops.linear import linear_add, norm_linear, norm_swiglu
+from flexlam_fast.ops.linear_train import linear_bf16
 from flexlam_fast.ops.loss import cross_entropy
 from flexlam_fast.ops.modulate import adaln, gate_add, layer_norm
 from flexlam_fast.ops.paged import attend_add, paged_attention, write_pages
@@ -36,6 +37,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_add",
+    "linear_bf16",
     "next_token",
     "norm_linear",
     "norm_swiglu",

@@ -12,7 +12,7 @@ from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_budget, check_tensor
 from flexlam_fast.config import FlexLAMConfig, SequenceConfig
 from flexlam_fast.errors import InputError
-from flexlam_fast.layers import patchify, product_dtype
+from flexlam_fast.layers import Linear, patchify, product_dtype
 from flexlam_fast.ops.activation import swiglu
 from flexlam_fast.ops.linear import rms_norm as plain_rms_norm
 from flexlam_fast.ops.patches import frame_patches
@@ -87,16 +87,16 @@ class SequenceBlock(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
         self.norm1 = RMSNorm(cfg.hidden, cfg.rms_eps)
-        self.q = nn.Linear(cfg.hidden, cfg.heads * cfg.head_dim, bias=False)
-        self.k = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.v = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.out = nn.Linear(cfg.heads * cfg.head_dim, cfg.hidden, bias=False)
+        self.q = Linear(cfg.hidden, cfg.heads * cfg.head_dim, bias=False)
+        self.k = Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.v = Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, bias=False)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_eps)
         self.norm2 = RMSNorm(cfg.hidden, cfg.rms_eps)
-        self.gate = nn.Linear(cfg.hidden, cfg.intermediate, bias=False)
-        self.up = nn.Linear(cfg.hidden, cfg.intermediate, bias=False)
-        self.down = nn.Linear(cfg.intermediate, cfg.hidden, bias=False)
+        self.gate = Linear(cfg.hidden, cfg.intermediate, bias=False)
+        self.up = Linear(cfg.hidden, cfg.intermediate, bias=False)
+        self.down = Linear(cfg.intermediate, cfg.hidden, bias=False)
 
     def forward(
         self,
@@ -162,7 +162,7 @@ class SequenceModel(nn.Module):
         self.cfg = cfg
         seq = cfg.sequence
         self.codes = nn.Embedding(cfg.bottleneck.codebook_size, seq.hidden)
-        self.observe = nn.Linear(cfg.channels * seq.patch**2, seq.hidden)
+        self.observe = Linear(cfg.channels * seq.patch**2, seq.hidden)
         self.blocks = nn.ModuleList(SequenceBlock(seq) for _ in range(seq.layers))
         self.norm = RMSNorm(seq.hidden, seq.rms_eps)
         self.head = nn.Linear(seq.hidden, cfg.bottleneck.codebook_size, bias=False)

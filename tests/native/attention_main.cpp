@@ -1,4 +1,4 @@
-// Training's attention under a sanitizer: every instruction set and number type, sizes that fill no block, tensors of exactly
+// Training's attention and linear layers under a sanitizer: every instruction set and number type, sizes that fill no block, tensors of exactly
 // their size, and the same bits from one thread as from three.
 #include <cstdio>
 #include <cstring>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention_train.h"
+#include "linear_train.h"
 #include "prefill.h"
 #include "variants.h"
 
@@ -63,6 +64,24 @@ std::vector<std::uint8_t> results(const Sizes& s, Float type, const std::string&
     return all;
 }
 
+// Gradients of a linear layer from rows that stand apart, the last without what is between.
+std::vector<float> linear(std::int64_t rows, std::int64_t outer, std::int64_t inner, bool with_bias, int threads) {
+    std::mt19937 random(5);
+    const auto make = [&](std::int64_t width) {
+        std::vector<std::uint16_t> numbers(rows * (width + 3) - 3);
+        for (auto& n : numbers) n = static_cast<std::uint16_t>(0x3f00 + random() % 256 + (random() % 2 << 15));
+        numbers.shrink_to_fit();
+        return numbers;
+    };
+    const auto grad = make(outer), x = make(inner);
+    std::vector<float> weight(outer * inner), bias(with_bias ? outer : 0);
+    linear_gradients({grad.data(), x.data(), outer + 3, inner + 3, weight.data(), with_bias ? bias.data() : nullptr, rows, outer,
+                      inner},
+                     threads);
+    weight.insert(weight.end(), bias.begin(), bias.end());
+    return weight;
+}
+
 }  // namespace
 
 int main() {
@@ -80,6 +99,14 @@ int main() {
                     return 1;
                 }
         }
+    const std::int64_t widths[][3] = {{1, 32, 64}, {257, 96, 32}, {700, 64, 224}};
+    for (const auto& [rows, outer, inner] : widths)
+        for (const bool bias : {true, false})
+            if (takes_linear(outer, inner) &&
+                linear(rows, outer, inner, bias, 1) != linear(rows, outer, inner, bias, 5)) {
+                std::puts("linear: threads change bits");
+                return 1;
+            }
     std::puts("done");
     return 0;
 }
