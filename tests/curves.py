@@ -1,11 +1,12 @@
 """Training by one backend beside plain PyTorch, step by step: ``python tests/curves.py --stage lam --backend triton``.
 
 Rounding grows in training, so no fixed tolerance fits a curve of losses. The measure is plain PyTorch itself, run again
-with the last bits of its first weights changed: what that moves the loss of a step, or of one before, a fast path may
-move it twice as far. A code at a near tie is a matter of its own: once it flips, gradients differ by much more than
-rounding, and it flips in one run some steps sooner than in another. Where the fast path flips its first code, plain's
-own latent must be as near to the tie as rounding moves latents; from there on the loss may move twice as far as flips
-move it in the changed runs at any step. Without a GPU, Triton's kernels run in its interpreter.
+with its first weights changed by their last bits, at random: what that moves the loss of a step, or of one before, a
+fast path may move it twice as far. A code at a near tie is a matter of its own: once it flips, gradients differ by much
+more than rounding, and it flips in one run some steps sooner than in another. So a changed run counts up to its own
+first flip. Where the fast path flips its first code, plain's own latent must be as near to the tie as rounding has
+moved latents; from there on the loss may move twice as far as flips move it in the changed runs at any step. Without a
+GPU, Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.loop import Stage, Trainer
 from flexlam_fast.train.recipes import Recipe
 
-#: What the first weights of the changed runs are multiplied by.
-NUDGES = (1 + 2.0**-22, 1 - 2.0**-22, 1 + 2.0**-21)
+#: How much of themselves the first weights of the changed runs gain or lose: about the last bit of fp32; of bf16 less,
+#: so that some of the weights round to another number and no code flips at once.
+NUDGES = {"fp32": 2.0**-22, "bf16": 2.0**-10}
+CHANGED = 3
 Losses = NDArray[np.float64]
 
 
@@ -95,16 +98,21 @@ class Verdict(NamedTuple):
 
 
 class Run:
-    """A stage in training by a backend, its first weights times ``nudge``."""
+    """A stage in training by a backend; each of its first weights changed by the last bit, drawn from ``seed``."""
 
-    def __init__(self, stage: Stage, backend: str, steps: int, device: torch.device, nudge: float = 1.0) -> None:
+    def __init__(
+        self, stage: Stage, backend: str, steps: int, device: torch.device, precision: str, seed: int | None = None
+    ) -> None:
         self.stage, self.device = stage, device
         self.folder = tempfile.TemporaryDirectory(prefix="curve")  # goes with the run
         recipe, folder = Recipe(steps, BATCH, 1e-3), Path(self.folder.name)
-        self.trainer = Trainer(stage, recipe, folder, device=device, precision="fp32", backend=backend)
-        with torch.no_grad():
-            for parameter in self.trainer.parameters.values():
-                parameter.mul_(nudge)
+        self.trainer = Trainer(stage, recipe, folder, device=device, precision=precision, backend=backend)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in self.trainer.parameters.values():
+                    signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                    parameter.mul_(1 + NUDGES[precision] * signs.to(device))
         lams = [module for module in stage.model.modules() if isinstance(module, LatentActionModel)]
         self.lam = next((lam for lam in lams if lam.bottleneck.null.requires_grad), None)
 
@@ -121,7 +129,8 @@ class Run:
         assert self.lam is not None
         parts = [getattr(batch, name) for name in ("frames", "labelled") if hasattr(batch, name)]
         frames = torch.cat([self.stage.frames.on_device(part) for part in parts], dim=1)  # type: ignore[attr-defined]
-        z = self.lam.encoder.forward_frames(*frames).float()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.trainer.bf16):
+            z = self.lam.encoder.forward_frames(*frames).float()
         table = level_table(self.lam.bottleneck.levels, z.device)
         return ((z + table.shift).tanh() * table.half - table.offset).cpu()
 
@@ -129,13 +138,21 @@ class Run:
     def end(self) -> float:
         """The validation loss."""
         self.stage.model.eval()
-        return self.stage.validate()["val/loss"]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.trainer.bf16):
+            return self.stage.validate()["val/loss"]
 
 
-def compare(make: Callable[[], Stage], backend: str, steps: int, device: torch.device, quiet: bool = True) -> Verdict:
+def compare(
+    make: Callable[[], Stage],
+    backend: str,
+    steps: int,
+    device: torch.device,
+    precision: str = "fp32",
+    quiet: bool = True,
+) -> Verdict:
     """Train stages that ``make`` makes, alike in everything: by plain PyTorch, by ``backend``, and the changed runs."""
-    runs = [Run(make(), name, steps, device) for name in (REFERENCE, backend)]
-    runs += [Run(make(), REFERENCE, steps, device, nudge) for nudge in NUDGES]
+    runs = [Run(make(), name, steps, device, precision) for name in (REFERENCE, backend)]
+    runs += [Run(make(), REFERENCE, steps, device, precision, seed) for seed in range(CHANGED)]
     losses, flips, moved = (np.zeros((len(runs), steps)) for _ in range(3))
     ties = [0.0] * len(runs)
     for index in tqdm(range(steps), disable=quiet):
@@ -157,17 +174,26 @@ def compare(make: Callable[[], Stage], backend: str, steps: int, device: torch.d
 
 def judge(plain: Curve, fast: Curve, others: list[Curve]) -> Verdict:
     """A fast curve against the budget that other runs of plain set."""
-    moved = np.maximum.accumulate(np.max([np.abs(other.losses - plain.losses) for other in others], axis=0))
+    away, first = [np.abs(other.losses - plain.losses) for other in others], fast.first_flip()
     least = 2.0**-21 * plain.losses.max()  # what a loss rounds by where no run moves it
-    budget, first = FORWARD_FACTOR * np.maximum(moved, least), fast.first_flip()
-    budget[first:] = budget[-1]
+    calm = np.max([_before(other, moved) for other, moved in zip(others, away, strict=True)], axis=0)
+    budget = FORWARD_FACTOR * np.maximum(calm, least)
+    budget[first:] = FORWARD_FACTOR * max(least, *(moved.max() for moved in away))
     share = np.abs(fast.losses - plain.losses) / budget
     end = max(budget[-1], FORWARD_FACTOR * max(abs(other.end - plain.end) for other in others))
-    latents = np.maximum.accumulate(np.max([other.moved for other in others], axis=0))
+    latents = np.max([_before(other, other.moved, 1) for other in others], axis=0)  # which move before codes flip
     tie = fast.tie / (FORWARD_FACTOR * latents[first]) if first < len(share) else 0.0
     before, after = (float(part.max(initial=0.0)) for part in (share[:first], share[first:]))
     flips = tuple(int(other.flips.sum()) for other in others)
     return Verdict(fast, (before, after), abs(fast.end - plain.end) / end, tie, flips)
+
+
+def _before(run: Curve, moved: Losses, more: int = 0) -> Losses:
+    """How far a run has moved at most so far; from ``more`` steps after its own first flip on, until then."""
+    most, first = np.maximum.accumulate(moved), run.first_flip() + more
+    if first < len(most):
+        most[first:] = most[first - 1] if first else 0.0
+    return most
 
 
 def main() -> None:
@@ -175,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--backend", default="triton", help="default: %(default)s")
+    parser.add_argument("--precision", choices=tuple(NUDGES), default="fp32", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -186,8 +213,8 @@ def main() -> None:
         verdicts = []
         for kind in asked.stage:
             make = partial(made, kind, store, device)
-            verdicts.append(compare(make, asked.backend, asked.steps, device, quiet=False))
-            print(f"{kind}, {asked.backend}: {verdicts[-1]}", flush=True)
+            verdicts.append(compare(make, asked.backend, asked.steps, device, asked.precision, quiet=False))
+            print(f"{kind}, {asked.backend}, {asked.precision}: {verdicts[-1]}", flush=True)
     if not all(verdict.holds() for verdict in verdicts):
         raise SystemExit("over budget")
 

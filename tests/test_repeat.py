@@ -23,12 +23,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
     return EpisodeStore.open(small_data(tmp_path_factory.mktemp("data") / "episodes"))
 
 
-def losses(store: EpisodeStore, folder: Path, cfg: FlexLAMConfig, seed: int, steps: int) -> list[float]:
+def losses(
+    store: EpisodeStore, folder: Path, cfg: FlexLAMConfig, seed: int, steps: int, precision: str = "fp32"
+) -> list[float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe(steps, 4, 1e-3, log_every=1, validate_every=10 * STEPS, save_every=10 * STEPS)
-    Trainer(LamStage(cfg, store, 4, seed, device), recipe, folder, device=device, precision="fp32").run()
+    Trainer(LamStage(cfg, store, 4, seed, device), recipe, folder, device=device, precision=precision).run()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_steps_in_bf16_repeat_to_the_bit(store: EpisodeStore, tmp_path: Path) -> None:
+    first, second = (losses(store, tmp_path / str(i) / "lam", small_config(), 0, 200, "bf16") for i in range(2))
+    assert len(first) == 200
+    assert first == second
 
 
 def test_a_thousand_steps_repeat_to_the_bit(store: EpisodeStore, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_losses_are_those_of_plain_pytorch_at_every_step(kind: str, store: Episo
     assert verdict.fast.losses[-1] != verdict.fast.losses[0]
 
 
+@pytest.mark.parametrize("kind", ["lam", "sequence-all"])
+def test_losses_in_bf16_are_those_of_plain_pytorch(kind: str, store: EpisodeStore) -> None:
+    """Wrong wiring shows here; for small errors rounding is too coarse, and the tests of the ops find those."""
+    verdict = compare(lambda: made(kind, store, DEVICE), FAST, 100, DEVICE, "bf16")
+    assert verdict.holds(), str(verdict)
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the steps above are Triton's")
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_in_the_interpreter_are_those_of_plain_pytorch(kind: str, store: EpisodeStore) -> None:
@@ -57,22 +64,27 @@ def test_losses_in_the_interpreter_are_those_of_plain_pytorch(kind: str, store: 
     assert verdict.holds(), str(verdict)
 
 
-def line(steps: int = 20, step: float = 0.0, flip: int | None = None, tie: float = 0.0, jump: float = 0.0) -> Curve:
-    """A curve that is off by ``step`` more at each step, and by ``jump`` from where a code flips."""
-    losses, flips = 1.0 + step * np.arange(steps), np.zeros(steps, dtype=np.int64)
-    if flip is not None:
-        losses[flip:] += jump
-        flips[flip:] = 1
-    return Curve(losses, 1.0, flips, 1e-6 * np.arange(1, steps + 1), tie)
+def line(step: float = 0.0, flip: int = 20, tie: float = 0.0, jump: float = 0.0) -> Curve:
+    """A curve of 20 steps that is off by ``step`` more at each one, and by ``jump`` from where a code flips."""
+    losses, flips = 1.0 + step * np.arange(20), np.zeros(20, dtype=np.int64)
+    losses[flip:] += jump
+    flips[flip:] = 1
+    moved = 1e-6 * np.arange(1, 21)
+    moved[flip + 1 :] = 2.0  # what flips make of latents
+    return Curve(losses, 1.0, flips, moved, tie)
 
 
 def test_a_curve_is_judged_by_what_last_bits_and_flips_move() -> None:
     plain, others = line(), [line(step=1e-5, flip=15, jump=0.01)]
-    assert judge(plain, line(step=1.9e-5), others).holds()
-    assert judge(plain, line(step=2.1e-5), others).share[0] > 1  # at the first step that is off
+    assert judge(plain, line(step=1.9e-5), others[:1]).share[0] > 1  # for the changed run counts until it flips
+    assert judge(plain, line(step=1.9e-5), [line(step=1e-5)]).holds()
+    assert judge(plain, line(step=2.1e-5), [line(step=1e-5)]).share[0] > 1
     assert judge(plain, line(flip=9, tie=1e-5, jump=0.019), others).holds()  # flips sooner, at a near tie
+    assert judge(plain, line(flip=18, tie=1e-5, jump=0.019), others).holds()  # or later
     assert judge(plain, line(flip=9, tie=1e-4, jump=0.019), others).tie > 1  # what flips was no tie
+    assert judge(plain, line(flip=18, tie=1e-4, jump=0.019), others).tie > 1
     assert judge(plain, line(flip=9, tie=1e-5, jump=0.03), others).share[1] > 1
+    assert judge(plain, line(flip=18, tie=1e-5)._replace(losses=line(flip=2, jump=0.019).losses), others).share[0] > 1
     assert judge(plain, line(flip=9, tie=1e-5, jump=0.019), [line(step=1e-5)]).share[1] > 1  # no other run flips
     assert not judge(plain, line(step=float("nan")), others).holds()
     assert not judge(plain, line()._replace(end=1.1), others).holds()
