@@ -15,8 +15,6 @@ from measure import told_time
 from peers import Compiler
 from rows import ROOT, Results
 
-from flexlam_fast.train.memory import keep_memory
-
 RESULTS = pytest.StashKey[Results]()
 
 
@@ -36,7 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    keep_memory()  # as the commands that train do; it is ours and the peers' alike
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # on a GPU, whose time may be short, after every row; elsewhere a run that fails leaves the old file as it was
     early = config.getoption("--write-results") and device.type == "cuda"

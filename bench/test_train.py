@@ -1,6 +1,7 @@
 """Whole training steps and the decoder's sampler: ours beside the same in eager PyTorch and under ``torch.compile``.
 
-A step is forward, backward, clipping and AdamW on a batch that is on the device; the loader has rows of its own.
+A step is forward, backward, clipping and AdamW on a batch that is on the device; the loader has rows of its own. The
+process keeps freed memory from here on, as the commands that train have it, for ours and the peers alike.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from flexlam_fast.layers import set_backend
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loader import to_device
 from flexlam_fast.train.loop import Trainer, wants_bf16
+from flexlam_fast.train.memory import keep_memory
 from flexlam_fast.train.recipes import RECIPES
 from flexlam_fast.train.sequence import SequenceStage
 
@@ -50,6 +52,11 @@ class Stepper(NamedTuple):
         """The same under ``torch.compile``."""
         self.trainer.step.forward = torch.compile(self.trainer.step.forward, dynamic=False)
         return self
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_memory() -> None:
+    keep_memory()
 
 
 @pytest.fixture(scope="module")

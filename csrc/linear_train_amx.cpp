@@ -137,11 +137,13 @@ private:
         stop(sums);
     }
 
-    // Sums over rows of two panels of the gradient, as products with ones.
+    // Sums over rows of two panels of the gradient, as products with ones. Each block has a sum of its own, and what is lost
+    // when that is added is kept for the next (Kahan): rounding in a single chain of 80,000 rows would pile up.
     void add_rows(const std::uint32_t* packed, std::int64_t deep, bool first, float* sums) const {
         alignas(64) std::uint32_t ones[words];
+        alignas(64) float block[unit];
         std::fill_n(ones, words, 0x3f803f80u);
-        start(first, sums);
+        start(true, block);
         _tile_loadd(6, ones, 64);
         for (std::int64_t k = 0; k < deep; ++k) {
             _tile_loadd(4, packed + k * words, 64);
@@ -154,7 +156,15 @@ private:
                 _tile_dpbf16ps(1, 5, 6);
             }
         }
-        stop(sums);
+        stop(block);
+        for (std::int64_t i = 0; i < 2 * words; i += side) {
+            float *at = sums + i, *lost = at + 2 * words;
+            const __m512 sum = first ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
+            const __m512 more = _mm512_sub_ps(_mm512_load_ps(block + i), first ? _mm512_setzero_ps() : _mm512_loadu_ps(lost));
+            const __m512 both = _mm512_add_ps(sum, more);
+            _mm512_storeu_ps(lost, _mm512_sub_ps(_mm512_sub_ps(both, sum), more));
+            _mm512_storeu_ps(at, both);
+        }
     }
 
     static void start(bool first, const float* sums) {

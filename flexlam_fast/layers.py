@@ -84,7 +84,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer; in training by C++ under bf16 autocast, with gradients of weight and bias in fp32."""
+    """A linear layer; in training by C++ under bf16 autocast, with gradients of weight and bias in fp32.
+
+    That path is differentiable once.
+    """
 
     backend = REFERENCE
 
@@ -96,8 +99,8 @@ class Linear(nn.Linear):
 
     def _trains_in_bf16(self) -> bool:
         weight = self.weight
-        wants = torch.is_grad_enabled() and weight.requires_grad and weight.dtype == torch.float32
-        return wants and product_dtype(weight) == torch.bfloat16
+        wants = torch.is_grad_enabled() and weight.requires_grad and product_dtype(weight) == torch.bfloat16
+        return wants and {p.dtype for p in self.parameters(recurse=False)} == {torch.float32}
 
 
 class Attention(nn.Module):

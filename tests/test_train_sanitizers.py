@@ -33,7 +33,7 @@ def test_training_has_no_finding(sanitizer: str, tmp_path: Path) -> None:
     common = [str(COMPILER), "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-DFLEXLAM_OWN_THREADS"]
     common += ["-DFLEXLAM_X86_VARIANTS", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     sources = [(ROOT / "csrc" / f"{name}.cpp", FLAGS.get(name, [])) for name in [*FLAGS, *PLAIN]]
-    sources.append((ROOT / "tests" / "native" / "attention_main.cpp", []))
+    sources.append((ROOT / "tests" / "native" / "train_main.cpp", []))
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
@@ -41,12 +41,12 @@ def test_training_has_no_finding(sanitizer: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda source: run([*common, *source[1], "-c", str(source[0])]), sources))
     assert not any(d.returncode for d in done), "".join(d.stderr for d in done)[-2000:]
-    linked = run([*common, *(f"{path.stem}.o" for path, _ in sources), "-o", "attention", "-pthread", "-ldl"])
+    linked = run([*common, *(f"{path.stem}.o" for path, _ in sources), "-o", "train", "-pthread", "-ldl"])
     if linked.returncode and "cannot find" in linked.stderr:
         pytest.skip(f"the library of the {sanitizer} sanitizer is not installed")
     assert linked.returncode == 0, linked.stderr[-2000:]
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-    found = run([str(tmp_path / "attention")], timeout=200, env=environment)
+    found = run([str(tmp_path / "train")], timeout=200, env=environment)
     if "unexpected memory mapping" in found.stderr:
         pytest.skip("the thread sanitizer does not run under this kernel's address randomisation")
     assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]

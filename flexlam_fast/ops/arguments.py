@@ -128,3 +128,30 @@ def _limit(name: str, device: torch.device, dtype: torch.dtype, levels: tuple[in
         return f"at most {_MAX_DIM} channels"
     most = _MAX_LEVELS_NATIVE_CUDA if (name, device.type) == (backends.NATIVE, "cuda") else MAX_LEVELS
     return f"at most {most} levels a channel" if max(levels) > most else ""
+
+
+def choose_native(backend: str, device: torch.device, takes: bool, wanted: str, got: str) -> str:
+    """The backend of an op that has C++ for a CPU and no other kernel of ours.
+
+    Args:
+        backend: a name, or ``"auto"``, which is C++ where there is some that takes the arguments.
+        device: where the arguments are.
+        takes: whether C++, if there is some, takes the arguments.
+        wanted: what it does take, for the sentence that refuses.
+        got: what it was given.
+
+    Raises:
+        BackendError: a backend asked for by name that is not here, or does not take the arguments.
+    """
+    ours = (backends.REFERENCE, backends.NATIVE) if device.type == "cpu" else (backends.REFERENCE,)
+    if backend == backends.AUTO:
+        there = {status.name for status in backends.probe(device) if status.available}
+        fits = takes and backends.NATIVE in ours and backends.NATIVE in there
+        return backends.NATIVE if fits else backends.REFERENCE
+    if backend in backends.NAMES and backend not in ours:
+        names = " or ".join(repr(name) for name in (backends.AUTO, *ours))
+        raise BackendError(f"backend: expected {names} for this op on {device.type}, got {backend!r}")
+    name = backends.choose(backend, device).name
+    if name == backends.NATIVE and not takes:
+        raise BackendError(f"backend: expected {wanted} for 'native', got {got}")
+    return name

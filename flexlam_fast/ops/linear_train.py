@@ -17,13 +17,12 @@ from torch import Tensor
 from flexlam_fast import backend as backends
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
 from flexlam_fast.checks import check_tensor
-from flexlam_fast.errors import BackendError
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, choose_native
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_differentiable, define_plain
+from flexlam_fast.ops.gradients import is_transformed
 
 _HALF = torch.bfloat16
-_BLOCK = 32  # widths are whole ones
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = AUTO) -> Tensor:
@@ -37,7 +36,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
             ``"auto"`` takes C++ where it can.
 
     Returns:
-        ``[..., O]`` bf16, with gradients for all three; C++ does not round those of weight and bias to bf16.
+        ``[..., O]`` bf16, differentiable once in all three; C++ does not round gradients of weight and bias to bf16.
 
     Raises:
         InputError: wrong shape, dtype or device.
@@ -51,7 +50,8 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     name = _pick(backend or AUTO, x.device, *weight.shape)
     x = x.to(_HALF)
     if name == REFERENCE:
-        return F.linear(x, weight.to(_HALF), None if bias is None else bias.to(_HALF))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.to(_HALF), None if bias is None else bias.to(_HALF))
     out: Tensor = _run(x, weight, bias, weight.detach().to(_HALF))
     return out
 
@@ -65,10 +65,15 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, half: Tensor) ->
     """``x`` times ``half``, which is ``weight`` in bf16, plus ``bias``; arguments are checked."""
     bias = None if bias is None else bias.to(_HALF)
     # a product with the bias in its last step; torch's own copies the bias into every row first
-    if torch.backends.mkldnn.is_available():
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.enabled:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, half, bias, "none", [], "")
         return out
     return F.linear(x, half, bias)
+
+
+def linear_input_gradient(grad: Tensor, half: Tensor) -> Tensor:
+    """Gradient of the input, of ``half``'s dtype; an op, so that asking for its gradient is refused."""
+    return grad @ half
 
 
 def linear_gradients(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -107,13 +112,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, half = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = grad @ half if wanted[0] else None
+    dx = _run_input_gradient(grad, half) if wanted[0] else None
     if not (wanted[1] or wanted[2]):
         return dx, None, None, None
     weight, bias = _run_gradients(grad, x, ctx.bias)
     return dx, weight, bias if ctx.bias else None, None
 
 
+_run_input_gradient = define_plain(
+    "(Tensor grad, Tensor half) -> Tensor",
+    linear_input_gradient,
+    lambda grad, half: grad.new_empty((*grad.shape[:-1], half.shape[1])),
+)
 _run_gradients = define_plain(
     "(Tensor grad, Tensor x, bool bias) -> (Tensor, Tensor)",
     linear_gradients,
@@ -133,24 +143,15 @@ _run = define_differentiable(
 
 @lru_cache(maxsize=256)
 def _known_pick(backend: str, device: torch.device, outer: int, inner: int) -> str:
-    on_cpu = device.type == "cpu"
-    ours = (REFERENCE, NATIVE) if on_cpu else (REFERENCE,)
-    if backend in backends.NAMES and backend not in (AUTO, *ours):
-        names = " or ".join(repr(name) for name in (AUTO, *ours))
-        raise BackendError(f"backend: expected {names} for this op on {device.type}, got {backend!r}")
-    there = {status.name for status in backends.probe(device) if status.available}
-    fits = on_cpu and NATIVE in there and compiled(NATIVE).takes_linear(outer, inner)
-    if backend == AUTO:
-        return NATIVE if fits else REFERENCE
-    name = backends.choose(backend, device).name
-    if name == NATIVE and not fits:
-        raise BackendError(
-            f"backend: expected AMX and widths of whole {_BLOCK}s for 'native', got a weight of {outer} x {inner}"
-        )
-    return name
+    fits = any(status.name == NATIVE and status.available for status in backends.probe(device))
+    takes = fits and device.type == "cpu" and compiled(NATIVE).takes_linear(outer, inner)
+    wanted, got = "AMX and widths of whole 32s", f"a weight of {outer} x {inner}"
+    return choose_native(backend, device, takes, wanted, got)
 
 
 def _pick(backend: str, device: torch.device, outer: int, inner: int) -> str:
+    if backend == AUTO and is_transformed():
+        return REFERENCE
     return _known_pick(backend, device, outer, inner)
 
 

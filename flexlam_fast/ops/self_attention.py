@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexlam_fast import backend as backends
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
 from flexlam_fast.checks import check_tensor, describe
-from flexlam_fast.errors import BackendError, InputError
+from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_attention
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, choose_native
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_differentiable, define_plain
+from flexlam_fast.ops.gradients import is_transformed
 
 _TORCH = "torch"  # what ``auto`` is on a GPU
 _MOST_DIM, _WHOLE = 128, 16
@@ -234,6 +234,8 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _pick(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    if backend == AUTO and device.type == "cpu" and is_transformed():
+        return REFERENCE
     return _known_pick(backend, device, dtype, dim)
 
 
@@ -243,20 +245,11 @@ _pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=256)
 def _known_pick(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    on_cpu = device.type == "cpu"
+    if backend == AUTO and device.type != "cpu":
+        return _TORCH
     takes = dtype in FLOATS[:3] and dim % _WHOLE == 0 and dim <= _MOST_DIM
-    if backend == AUTO:
-        there = {status.name for status in backends.probe(device) if status.available}
-        return (NATIVE if NATIVE in there and takes else REFERENCE) if on_cpu else _TORCH
-    ours = (REFERENCE, NATIVE) if on_cpu else (REFERENCE,)
-    if backend in backends.NAMES and backend not in ours:
-        names = " or ".join(repr(name) for name in (AUTO, *ours))
-        raise BackendError(f"backend: expected {names} for this op on {device.type}, got {backend!r}")
-    name = backends.choose(backend, device).name
-    if name == NATIVE and not takes:
-        wanted, got = "float32, float16 or bfloat16 and a head of whole 16s up to 128", str(dtype).split(".")[1]
-        raise BackendError(f"backend: expected {wanted} for 'native', got {dim} in {got}")
-    return name
+    wanted, got = "float32, float16 or bfloat16 and a head of whole 16s up to 128", str(dtype).split(".")[1]
+    return choose_native(backend, device, takes, wanted, f"{dim} in {got}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,5 +1,5 @@
-// Training's attention and linear layers under a sanitizer: every instruction set and number type, sizes that fill no block, tensors of exactly
-// their size, and the same bits from one thread as from three.
+// Training's attention and linear layers under a sanitizer: every instruction set and number type, sizes that fill no block,
+// tensors of exactly their size, and the same bits from one thread as from several.
 #include <cstdio>
 #include <cstring>
 #include <random>
