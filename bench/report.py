@@ -58,10 +58,11 @@ def bench_tables(reports: Sequence[dict[str, Any]], plots: str) -> str:
     for report in reports:
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         image = f"![{report['device']}: times the floor]({plots}/{report['device']}.svg)"
-        shown = f"{table(report['rows'])}\n\n{image}"
+        rows = table(report["rows"])
         if len(report["rows"]) > MOST_ROWS:
-            shown = f"<details><summary>{len(report['rows'])} rows</summary>\n\n{shown}\n\n</details>"
-        parts.append(f"`{report['device']}`, commit `{report['commit'][:9]}`, {report['date']}, {versions}:\n\n{shown}")
+            rows = f"<details><summary>All {len(report['rows'])} rows</summary>\n\n{rows}\n\n</details>"
+        about = f"`{report['device']}`, commit `{report['commit'][:9]}`, {report['date']}, {versions}"
+        parts.append(f"{about}:\n\n{image}\n\n{rows}")
     return "\n\n".join(parts)
 
 

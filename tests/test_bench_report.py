@@ -93,9 +93,16 @@ def test_a_plot_shows_every_bar_and_is_the_same_text_each_time(tmp_path: Path) -
     svg = plot.draw(found)
     assert svg == plot.draw(found)
     assert "<dc:date>" not in svg
-    for told in ("0.1 ms", "0.406 ms, 4.06 x ours", "0.2 ms, 2.00 x ours", "fsq/fwd/8-5-5-5/256x64/fp32", OURS):
+    for told in (
+        f"{OURS}: 0.1 ms",
+        "vector_quantize_pytorch FSQ: 0.406 ms, 4.06 x ours",
+        "fsq/fwd/8-5-5-5/256x64/fp32",
+    ):
         assert f">{told}<" in svg
+    assert svg.count(" x ours<") == 2
     assert "fsq/host" not in svg, "a host cost has no floor to compare with"
+    whole = {**found["rows"][0], "id": "train/lam/tiny/b32"}
+    assert "fsq/fwd" not in plot.draw({**found, "rows": [*found["rows"], whole]}), "whole tasks stand for their parts"
     assert plot.is_fresh(svg, found)
     assert not plot.is_fresh(svg, {**found, "commit": "another"})
 
@@ -113,5 +120,5 @@ def test_many_rows_are_folded() -> None:
     told = {"device": "d", "commit": "c", "date": "now", "versions": {"torch": "2"}}
     short, long = (report.bench_tables([{**told, "rows": [row] * n}], "docs/bench") for n in (20, 21))
     assert "<details>" not in short
-    assert "<details><summary>21 rows</summary>" in long
+    assert "<details><summary>All 21 rows</summary>" in long
     assert long.count("| `fsq/fwd/x` | 1.00 | peer | 2.00 | 2.00 | 0.500 |") == 21
