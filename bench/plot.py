@@ -88,7 +88,7 @@ def dress(axes: Any, report: dict[str, Any], rows: list[dict[str, Any]]) -> None
     taken = [ms / row["floor_ms"] for row in rows for ms in (row["ours_ms"], *row["peers"].values())]
     low, high = min([1.0, *taken]), max([2.0, *taken])
     axes.set_xscale("log")
-    axes.set_xlim(low if low == 1 else low / 1.1, high * (high / low) ** 1.0)
+    axes.set_xlim(low if low == 1 else low / 1.1, high * high / low)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.minorticks_off()

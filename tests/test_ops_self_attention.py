@@ -174,6 +174,17 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 
 @needs_extension
+def test_functorch_sees_the_reference() -> None:
+    q, k, v = (t.detach() for t in draw(Case(1, 9, 9, 2, 2, 16))[:3])
+
+    def total(q: Tensor, backend: str = "auto") -> Tensor:
+        return MODULE.self_attention(q, k, v, backend=backend).square().sum()
+
+    (theirs,) = torch.autograd.grad(total(leaf := q.clone().requires_grad_(), "reference"), leaf)
+    assert torch.equal(torch.func.grad(total)(q), theirs)
+
+
+@needs_extension
 def test_opcheck_and_the_compiler() -> None:
     drawn = draw(Case(1, 9, 9, 2, 2, 16, hidden=0.3), BF16)
     q, k, v = (t.requires_grad_() for t in drawn[:3])
