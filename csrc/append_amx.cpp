@@ -219,12 +219,6 @@ private:
 
 }  // namespace
 
-bool SequenceEngine::takes(const AppendArgs& a) const {
-    AttendArgs shape{};
-    shape.dim = shape_.dim, shape.page = a.page, shape.in = shape_.type, shape.type = a.type;
-    return has_tiles() && takes_tiles(shape) && shape_.hidden % pairs == 0 && shape_.inner % pairs == 0 && a.tokens > 0;
-}
-
 void SequenceEngine::append(const AppendArgs& a, int threads) {
     const std::lock_guard<std::mutex> alone(busy_);
     BlockArgs one{};  // the last token, on its way through the last layer
@@ -257,7 +251,6 @@ void SequenceEngine::append(const AppendArgs& a, int threads) {
 
 namespace flexlam {
 
-bool SequenceEngine::takes(const AppendArgs&) const { return false; }
 void SequenceEngine::append(const AppendArgs&, int) {}
 
 }  // namespace flexlam

@@ -187,12 +187,6 @@ private:
 
 }  // namespace
 
-bool EncoderEngine::takes(std::int64_t tokens) const {
-    const std::int64_t dim = shape_.width / shape_.heads;
-    return has_tiles() && tokens > 0 && tokens % side == 0 && shape_.width % shape_.heads == 0 && dim % pairs == 0 &&
-           dim <= 128 && shape_.width % pairs == 0 && shape_.inner % pairs == 0;
-}
-
 void EncoderEngine::run(const void* x, void* out, std::int64_t batch, std::int64_t tokens, std::int64_t keep, int threads) {
     const std::lock_guard<std::mutex> alone(busy_);
     const std::size_t needed = static_cast<std::size_t>(Room(shape_, tokens, threads, nullptr).total) + 16;
@@ -221,7 +215,6 @@ void EncoderEngine::run(const void* x, void* out, std::int64_t batch, std::int64
 
 namespace flexlam {
 
-bool EncoderEngine::takes(std::int64_t) const { return false; }
 void EncoderEngine::run(const void*, void*, std::int64_t, std::int64_t, std::int64_t, int) {}
 
 }  // namespace flexlam

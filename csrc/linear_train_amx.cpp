@@ -220,10 +220,6 @@ private:
 }  // namespace
 }  // namespace amx
 
-bool takes_linear(std::int64_t outer, std::int64_t inner) {
-    return outer > 0 && inner > 0 && outer % amx::pairs == 0 && inner % amx::pairs == 0 && has_tiles();
-}
-
 void linear_gradients(const LinearGrads& a, int threads) {
     if (!a.rows) {
         std::fill_n(a.weight, a.outer * a.inner, 0.0f);
@@ -250,7 +246,6 @@ void linear_gradients(const LinearGrads& a, int threads) {
 
 namespace flexlam {
 
-bool takes_linear(std::int64_t, std::int64_t) { return false; }
 void linear_gradients(const LinearGrads&, int) {}
 
 }  // namespace flexlam

@@ -5,10 +5,7 @@
 #define FLEXLAM_VARIANT amx
 #define FLEXLAM_LANES 16
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include "cpu_features.h"
 #include "parallel.h"
 #include "vectors.inl"
 
@@ -19,17 +16,6 @@ namespace flexlam {
 namespace {
 
 using namespace amx;
-
-bool ask_for_tiles() {
-    const auto features = cpu_features();
-    const auto has = [&](const char* name) {
-        return std::any_of(features.begin(), features.end(), [&](const auto& f) { return f.first == name && f.second; });
-    };
-    for (const char* name : {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512vl"})
-        if (!has(name)) return false;
-    constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM: Linux wants to be asked once a process
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
 
 // Queries of one key head's group as packed tiles [heads, blocks, dim / 32].
 void pack_queries(const AttendArgs& a, std::int64_t session, std::int64_t key_head, std::uint32_t* to) {
@@ -48,15 +34,6 @@ void pack_queries(const AttendArgs& a, std::int64_t session, std::int64_t key_he
 }
 
 }  // namespace
-
-bool has_tiles() {
-    static const bool found = ask_for_tiles();
-    return found;
-}
-
-bool takes_tiles(const AttendArgs& a) {
-    return a.type == Float::bf16 && a.in == Float::bf16 && a.dim % pairs == 0 && a.dim <= 128 && a.page % side == 0;
-}
 
 void tiles_attend(const AttendArgs& a, int threads) {
     parallel_for(a.batch * a.kv_heads, threads, [&](std::int64_t task) {
@@ -83,8 +60,6 @@ void tiles_attend(const AttendArgs& a, int threads) {
 
 namespace flexlam {
 
-bool has_tiles() { return false; }
-bool takes_tiles(const AttendArgs&) { return false; }
 void tiles_attend(const AttendArgs&, int) {}
 
 }  // namespace flexlam
