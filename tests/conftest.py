@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import hypothesis
@@ -11,6 +12,10 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import fix_order_of_products
+
+        fix_order_of_products()
 
 # Derandomised: a change that passes here passes on the next machine too.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
