@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         dec = cfg.decoder
         self.patch, self.channels, self.size = dec.patch, cfg.channels, cfg.frame
         self.embed = Linear(2 * cfg.channels * dec.patch**2, dec.width)
-        self.position = nn.Parameter(sincos_grid(cfg.frame // dec.patch, dec.width))
+        self.position = nn.Parameter(sincos_grid(cfg.frame // dec.patch, dec.width).to(torch.get_default_dtype()))
         self.latent = nn.Linear(cfg.bottleneck.dim, dec.width)
         self.slot = nn.Parameter(torch.randn(cfg.bottleneck.slots, dec.width) * 0.5)
         steps = (nn.Linear(dec.width, dec.width), nn.SiLU(), nn.Linear(dec.width, dec.width), nn.SiLU())

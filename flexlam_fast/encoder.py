@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         self.patch = enc.patch
         self.slots, self.heads = cfg.bottleneck.slots, enc.heads
         self.embed = Linear(enc.tubelet * cfg.channels * enc.patch**2, enc.width)
-        self.position = nn.Parameter(sincos_grid(cfg.frame // enc.patch, enc.width))
+        self.position = nn.Parameter(sincos_grid(cfg.frame // enc.patch, enc.width).to(torch.get_default_dtype()))
         self.queries = nn.Parameter(torch.randn(self.slots, enc.width) * 0.5)
         self.blocks = nn.ModuleList(EncoderBlock(enc.width, enc.heads, enc.mlp_ratio) for _ in range(enc.depth))
         self.norm = nn.LayerNorm(enc.width)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlam_fast.ambient import isolated, outside_autocast
 from flexlam_fast.backend import REFERENCE
 from flexlam_fast.bottleneck import Bottleneck, Quantized
 from flexlam_fast.capture import GraphedFunction
@@ -53,6 +54,7 @@ class LatentActionModel(nn.Module):
         """Frames in either accepted form to fp32 pixels, or one sentence."""
         return as_pixels(name, frames, self.cfg.frame, self.cfg.channels)
 
+    @isolated
     @torch.no_grad()
     def encode(self, o_t: Tensor, o_next: Tensor) -> Tensor:
         """Codes int32 ``[B, K]`` of the transitions ``(o_t, o_next)``: complete blocks, whatever the budget.
@@ -64,6 +66,7 @@ class LatentActionModel(nn.Module):
         check_tensor("o_next in pixels", following, list(now.shape), following.dtype)
         return self.bottleneck(self.encoder(now, following)).codes
 
+    @outside_autocast
     def latents(self, codes: Tensor, k: int | Tensor) -> Tensor:
         """Null-filled latents fp32 ``[B, K, d]`` of the first ``k`` codes.
 
@@ -90,6 +93,7 @@ class LatentActionModel(nn.Module):
             k = torch.full((len(codes),), k, device=codes.device)
         return self.bottleneck.lookup(F.pad(codes, (0, self.cfg.bottleneck.slots - codes.shape[1])), k)
 
+    @isolated
     @torch.no_grad()
     def decode(
         self, o_t: Tensor, latents: Tensor, steps: int | None = None, generator: torch.Generator | None = None

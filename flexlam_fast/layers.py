@@ -158,7 +158,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def time_features(time: Tensor, width: int) -> Tensor:
     """Sinusoidal features ``[B, width]`` of flow times ``[B]`` in ``[0, 1]``."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=time.device) / half)
     angle = 1000.0 * time.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 

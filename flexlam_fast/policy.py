@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import fp32_by_default, isolated
 from flexlam_fast.backend import AUTO, REFERENCE, TRITON, choose
 from flexlam_fast.checks import check_budget, check_finite, check_tensor
 from flexlam_fast.config import FlexLAMConfig
@@ -40,6 +41,7 @@ class Policy(Pretrained):
     loop: DecisionLoop
     graphed: GraphedLoop | None
 
+    @isolated
     def __init__(
         self,
         cfg: FlexLAMConfig,
@@ -79,7 +81,7 @@ class Policy(Pretrained):
             expected = f"{_name(dtype)}, the dtype of the weights, with backend {TRITON!r}"
             raise BackendError(f"pages: expected {expected}, got {_name(self.pages)}")
         self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), fp32_by_default():
             torch.manual_seed(seed)
             self.lam = LatentActionModel(cfg, backend)
             self.sequence = SequenceModel(cfg)
@@ -117,6 +119,7 @@ class Policy(Pretrained):
         """The last action of every session, on the device; -1 and 0 before the first."""
         return self.loop.previous
 
+    @isolated
     def reset(
         self,
         batch_size: int = 1,
@@ -148,6 +151,7 @@ class Policy(Pretrained):
         self.graphed = GraphedLoop(self.loop) if self.graphs else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
+    @isolated
     def open(self, count: int = 1) -> list[int]:
         """Open further sessions in the pool and return their numbers.
 
@@ -158,6 +162,7 @@ class Policy(Pretrained):
         self.loop.forget(opened)
         return opened
 
+    @isolated
     def close(self, sessions: Sequence[int]) -> None:
         """End sessions; their pages are free for others.
 
@@ -166,6 +171,7 @@ class Policy(Pretrained):
         """
         self.cache.close(self._open_ones(sessions))
 
+    @isolated
     @torch.no_grad()
     def act(
         self,
@@ -213,6 +219,7 @@ class Policy(Pretrained):
         self.stages.check()
         return Decision(actions, codes, how.budget, t)
 
+    @isolated
     def warmup(
         self, budgets: Sequence[int] | None = None, *, batch_size: int | None = None, warm: int = 20, rounds: int = 100
     ) -> LatencyTable:
@@ -250,6 +257,7 @@ class Policy(Pretrained):
         self.latencies[batch] = table
         return table
 
+    @isolated
     @torch.no_grad()
     def imagine(self, decision: Decision, steps: int | None = None) -> Tensor:
         """Decode the frame that each session's decision expects next, uint8 ``[B, H, W, C]`` on the host.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.ops import native_rows
@@ -20,6 +21,7 @@ from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.rows import pick_for
 
 
+@outside_autocast
 def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """Return ``F.gelu(x, approximate="tanh")``.
 
@@ -44,6 +46,7 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     return out
 
 
+@outside_autocast
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """Return ``silu(gate) * up``, rounded once.
 

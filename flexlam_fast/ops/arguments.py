@@ -75,8 +75,9 @@ def check_null(null: Tensor, dim: int, device: torch.device) -> None:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether reading values is possible and free: a traced tensor has none, one on a GPU would stall its stream."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+    batched = torch._C._functorch.peek_interpreter_stack() is not None
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced and not batched
 
 
 def check_codes(codes: Tensor, levels: Sequence[int], keep: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, REFERENCE, TRITON, BackendStatus, probe
 from flexlam_fast.checks import check_tensor, describe
 from flexlam_fast.errors import BackendError, InputError
@@ -34,6 +35,7 @@ class AttentionChoice(NamedTuple):
     reason: str
 
 
+@outside_autocast
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, implementation: str = AUTO) -> Tensor:
     """Attend from every query to every key, or with ``causal`` only to those that are not later.
 
@@ -149,7 +151,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         else:
             mask = _visible(queries, keys, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    square, grouped = causal and 1 < queries == keys, q.shape[1] != k.shape[1]
+    # sizes are tensors in torch.jit.trace
+    square, grouped = bool(causal and 1 < queries == keys), bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped).transpose(1, 2)
 
 

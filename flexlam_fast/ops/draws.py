@@ -15,6 +15,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
@@ -33,6 +34,7 @@ _COSINE = (2.4438451873720624e-05, -0.001388736767694354, 0.04166664555668831)
 _MOST = 1 << 32  # numbers of a sample
 
 
+@outside_autocast
 def draw_normal(seed: Tensor, streams: Tensor, count: int, *, backend: str | None = AUTO) -> Tensor:
     """Return ``count`` standard normal numbers for each sample, at most 6.77 in size.
 
@@ -61,6 +63,7 @@ def draw_normal(seed: Tensor, streams: Tensor, count: int, *, backend: str | Non
     return _normal(seed, streams, int(count), name)
 
 
+@outside_autocast
 def draw_uniform(seed: Tensor, streams: Tensor, *, words: bool = False, backend: str | None = AUTO) -> Tensor:
     """Return one uniform number for each sample.
 

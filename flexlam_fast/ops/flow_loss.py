@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor, describe
 from flexlam_fast.errors import InputError
@@ -27,6 +28,7 @@ from flexlam_fast.ops.patches import check_frames, check_path, patches_of, pixel
 PREDICTIONS = ("velocity", "frame")
 
 
+@outside_autocast
 def flow_loss(
     out: Tensor,
     now: Tensor,

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.ops import arguments as check
 from flexlam_fast.ops import gradients, philox, reference
 
 
+@outside_autocast
 def fsq(
     z: Tensor,
     levels: Sequence[int],
@@ -53,6 +55,7 @@ def fsq(
     return gradients.fsq(z, levels, keep, null, name)
 
 
+@outside_autocast
 def fsq_project(
     x: Tensor,
     weight: Tensor,
@@ -102,6 +105,7 @@ def fsq_project(
     return latents.to(x.dtype), codes
 
 
+@outside_autocast
 def fsq_sample(
     z: Tensor,
     levels: Sequence[int],
@@ -143,6 +147,7 @@ def fsq_sample(
     return *reference.fsq(z, levels, keep, null), keep
 
 
+@outside_autocast
 def codes_to_latents(
     codes: Tensor,
     levels: Sequence[int],

@@ -1,7 +1,8 @@
 """Gradients of the compiled backends' ops, and the way in: straight to the launcher, or through ``torch.ops``.
 
-A plain call pays for neither dispatcher nor schema. Under ``torch.compile``, fake tensors, functorch or a dispatch mode
-a call goes through ``torch.ops.flexlam_fast``, where those can see it. Both have the gradients of this file.
+A plain call pays for neither dispatcher nor schema. Under ``torch.compile``, ``torch.jit.trace``, fake tensors,
+functorch or a dispatch mode a call goes through ``torch.ops.flexlam_fast``, where those can see it. Both have the
+gradients of this file.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ OPS = torch.ops.flexlam_fast
 
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 _is_compiling, _count_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing stands between a call and its kernel: no compiler, mode, transform or tensor subclass."""
+    """Whether nothing stands between a call and its kernel: no compiler, tracer, mode, transform or tensor subclass."""
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return False
-    return not (_is_compiling() or _count_modes() or _transform() is not None)
+    return not (_is_compiling() or _is_tracing() or _count_modes() or _transform() is not None)
 
 
 def is_transformed() -> bool:

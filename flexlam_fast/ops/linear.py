@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlam_fast import backend as backends
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import BackendError, InputError
@@ -27,6 +28,7 @@ MOST_ROWS = 16  # beyond, torch's products are faster on a CPU than C++ that is 
 _KERNEL_FLOATS = FLOATS[:3]
 
 
+@outside_autocast
 def norm_linear(
     x: Tensor, norm: Tensor, weight: Tensor, eps: float, *, fp32_out: bool = False, backend: str | None = AUTO
 ) -> Tensor:
@@ -56,6 +58,7 @@ def norm_linear(
     return _run(x, norm, weight, None, eps, False, fp32_out, _for_rows(backend, x))
 
 
+@outside_autocast
 def norm_swiglu(x: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend: str | None = AUTO) -> Tensor:
     """Return ``silu(y @ gate.T) * (y @ up.T)`` of ``y = RMSNorm(x)``: the first half of a feed-forward layer.
 
@@ -80,6 +83,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend
     return _run(x, norm, gate_up, None, eps, True, False, _for_rows(backend, x))
 
 
+@outside_autocast
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, backend: str | None = AUTO) -> Tensor:
     """Return ``x @ weight.T + residual``: the end of an attention or feed-forward layer.
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlam_fast import backend as backends
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.ops.arguments import FLOATS, choose_native
@@ -25,6 +26,7 @@ from flexlam_fast.ops.gradients import is_transformed
 _HALF = torch.bfloat16
 
 
+@outside_autocast
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = AUTO) -> Tensor:
     """Return ``F.linear(x, weight, bias)`` as bf16 autocast does it: of numbers rounded to bf16, rounded once.
 
@@ -80,8 +82,8 @@ def linear_gradients(grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tenso
     """Gradients of the weight, fp32 ``[O, I]``, and of the bias, fp32 ``[O]``, empty without one."""
     outer, inner = grad.shape[-1], x.shape[-1]
     grad, x = _rows(grad), _rows(x)
-    weight = torch.empty(outer, inner, dtype=torch.float32)
-    sums = torch.empty(outer if bias else 0, dtype=torch.float32)
+    weight = grad.new_empty((outer, inner), dtype=torch.float32)
+    sums = grad.new_empty(outer if bias else 0, dtype=torch.float32)
     compiled(NATIVE).linear_gradients(
         grad.data_ptr(),
         x.data_ptr(),

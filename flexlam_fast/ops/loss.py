@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
@@ -18,6 +19,7 @@ from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.linear import pick
 
 
+@outside_autocast
 def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, backend: str | None = AUTO) -> Tensor:
     """Mean cross-entropy over the targets that are not ignored.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import NATIVE, REFERENCE, TRITON
 from flexlam_fast.ops import native_rows, row_norm
 from flexlam_fast.ops.contracts import compiled
@@ -14,6 +15,7 @@ from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.rows import check_dtype, check_like, check_parameter, check_rows, pick_for
 
 
+@outside_autocast
 def adaln(
     x: Tensor,
     shift: Tensor,
@@ -51,6 +53,7 @@ def adaln(
     return _norm(x, scale, shift, eps, True, dtype or x.dtype, backend)
 
 
+@outside_autocast
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -95,6 +98,7 @@ def _norm(
     return out
 
 
+@outside_autocast
 def gate_add(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """Return ``x + gate * y``: how a DiT block's halves are added to the residual stream.
 

@@ -68,7 +68,7 @@ def mean_cross_entropy(
     args = _loss(logits, target, kept, ignore_index)
     total, count = extension.loss_forward(*args, threads=torch.get_num_threads())
     mean = total / count if count else torch.nan
-    return torch.tensor(mean, dtype=torch.float32), kept, torch.tensor(count, dtype=torch.float32)
+    return kept.new_tensor(mean), kept, kept.new_tensor(count)
 
 
 def mean_cross_entropy_backward(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import BackendError, InputError
@@ -21,11 +22,12 @@ from flexlam_fast.ops import linear, native_decode
 from flexlam_fast.ops import paged_reference as reference
 from flexlam_fast.ops.arguments import FLOATS
 from flexlam_fast.ops.contracts import compiled, define
-from flexlam_fast.ops.gradients import OPS, is_plain
+from flexlam_fast.ops.gradients import OPS, is_plain, is_transformed
 
 LEAST_DIM, MOST_DIM = 16, 256  # of a head: a matrix instruction's depth, and what a tile's registers hold
 
 
+@outside_autocast
 @torch.no_grad()
 def write_pages(
     qkv: Tensor,
@@ -66,6 +68,8 @@ def write_pages(
         InputError: wrong shape, dtype, layout or device.
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
+    if is_transformed():
+        raise InputError("write_pages: expected a call outside torch.func, which cannot see its writes, got one inside")
     _check_pages(k_pages, v_pages)
     kv_heads, dim = k_pages.shape[2:]
     heads = qkv.shape[2] // dim - 2 * kv_heads if isinstance(qkv, Tensor) and qkv.dim() == 3 else 0
@@ -85,6 +89,7 @@ def write_pages(
     return page_write(*args, name) if is_plain(*args[:7]) else OPS.page_write.default(*args, name)
 
 
+@outside_autocast
 @torch.no_grad()
 def paged_attention(
     q: Tensor,
@@ -127,6 +132,7 @@ def paged_attention(
     return page_attend(*args, name) if is_plain(*args) else OPS.page_attend.default(*args, name)
 
 
+@outside_autocast
 @torch.no_grad()
 def attend_add(
     q: Tensor,

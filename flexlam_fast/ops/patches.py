@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
@@ -26,6 +27,7 @@ FRAME, TUBELETS, FLOW = 0, 1, 2  # as in csrc/frames.h
 MOST_PATCH = 256  # pixels; the C++ works on so much of a row at a time
 
 
+@outside_autocast
 def frame_patches(
     frames: Tensor, patch: int, *, dtype: torch.dtype = torch.float32, backend: str | None = AUTO
 ) -> Tensor:
@@ -49,6 +51,7 @@ def frame_patches(
     return _run(frames, None, None, None, FRAME, patch, 1.0, dtype, backend)
 
 
+@outside_autocast
 def tubelets(
     now: Tensor,
     following: Tensor,
@@ -80,6 +83,7 @@ def tubelets(
     return _run(now, following, None, None, TUBELETS, patch, float(gain), dtype, backend)
 
 
+@outside_autocast
 def flow_patches(
     now: Tensor,
     following: Tensor,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import REFERENCE
 from flexlam_fast.ops import row_norm
 from flexlam_fast.ops.rows import check_dtype, check_like, check_rows, pick_for
 
 
+@outside_autocast
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, dtype: torch.dtype | None = None, backend: str | None = None
 ) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
@@ -23,6 +24,7 @@ from flexlam_fast.ops.linear import pick
 _ANGLES = (torch.float32, torch.float64)
 
 
+@outside_autocast
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,

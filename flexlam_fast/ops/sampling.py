@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
@@ -40,6 +41,7 @@ _SERIES = (
 )
 
 
+@outside_autocast
 def choose_codes(
     logits: Tensor,
     temperature: float,
@@ -76,6 +78,7 @@ def choose_codes(
     return _run(logits, None, None, temperature, top_k, seed, streams, name)[0]
 
 
+@outside_autocast
 def next_token(
     logits: Tensor,
     embedding: Tensor,
@@ -185,6 +188,8 @@ def gumbel(seed: Tensor, streams: Tensor | None, rows: int, codes: int) -> Tenso
 
 def _log(x: Tensor, near: Tensor | None = None) -> Tensor:
     """Logarithm of normal positive fp32 ``x`` to 2e-7 of it; ``near`` is ``x - 1`` in more digits, where ``x <= 1``."""
+    if torch._C._is_tracing():  # which knows no view of another dtype
+        raise InputError("torch.jit.trace: expected no numbers to be drawn in plain PyTorch within it, got a draw")
     bits = x.view(torch.int32)
     exponent = (bits - _ROOT_HALF) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0

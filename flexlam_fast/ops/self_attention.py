@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
 from flexlam_fast.checks import check_tensor, describe
 from flexlam_fast.errors import InputError
@@ -28,6 +29,7 @@ _TORCH = "torch"  # what ``auto`` is on a GPU
 _MOST_DIM, _WHOLE = 128, 16
 
 
+@outside_autocast
 def self_attention(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def self_attention(
     return (_fused if name == _TORCH else reference)(q, k, v, mask, causal, scale)
 
 
+@outside_autocast
 def self_attention_packed(
     qkv: Tensor,
     *,
@@ -123,7 +126,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Torch's own, whose ``is_causal`` is aligned to the first key, so that only a square without a mask takes it."""
-    grouped, square = q.shape[2] != k.shape[2], causal and mask is None and q.shape[1] == k.shape[1]
+    # sizes are tensors in torch.jit.trace
+    square = bool(causal and mask is None and q.shape[1] == k.shape[1])
+    grouped = bool(q.shape[2] != k.shape[2])
     seen = None if square else _seen(q.shape[1], k.shape[1], mask, causal, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     call = F.scaled_dot_product_attention

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NAMES, NATIVE, REFERENCE, TRITON, choose, probe
 from flexlam_fast.checks import check_budget, check_tensor, describe
 from flexlam_fast.errors import BackendError, InputError
@@ -71,6 +72,7 @@ def pack_translator(state: Mapping[str, Tensor]) -> TranslatorWeights:
     return TranslatorWeights(stem, state["stem.bias"].detach().clone(), *down, *up, *ends)
 
 
+@outside_autocast
 def translate(
     codes: Tensor,
     k: int,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_tensor, describe
 from flexlam_fast.errors import InputError
@@ -47,6 +48,7 @@ class Sequences(NamedTuple):
         return tuple(length for length in lengths if length)
 
 
+@outside_autocast
 def varlen_attention(
     q: Tensor,
     k: Tensor,

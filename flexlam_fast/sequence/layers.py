@@ -58,7 +58,10 @@ def _joined(parts: list[nn.Linear], old: Tensor | None) -> Tensor:
         return old
     joined = torch.cat([part.weight.detach() for part in parts])
     for part, rows in zip(parts, joined.split([part.out_features for part in parts]), strict=True):
-        part.weight.data = rows
+        if part.weight.is_inference():  # made in inference mode: its data cannot be exchanged
+            part.weight = nn.Parameter(rows, requires_grad=part.weight.requires_grad)
+        else:
+            part.weight.data = rows
     return joined
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexlam_fast.ambient import isolated
 from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_budget, check_tensor
 from flexlam_fast.config import FlexLAMConfig, SequenceConfig
@@ -218,6 +219,7 @@ class SequenceModel(nn.Module):
         out: Tensor = self.head(hidden)
         return out.to(at_least_fp32(out.dtype))
 
+    @isolated
     @torch.no_grad()
     def generate(self, codes: Tensor, k: int) -> Tensor:
         """Continue a plain sequence of codes greedily: ``codes [B, N]`` (N at least 1) to int32 ``[B, k]``.
@@ -235,9 +237,7 @@ class SequenceModel(nn.Module):
             raise InputError(f"codes: expected at least one code in 0..{size - 1}, got shape {list(codes.shape)}")
         from flexlam_fast.sequence import plain
 
-        # under autocast the modules choose dtypes as they go, which packed products do not
-        narrowed = torch.is_autocast_enabled(codes.device.type)
-        return plain.generate(plain.runner_of(self, REFERENCE if narrowed else AUTO), codes, k)
+        return plain.generate(plain.runner_of(self, AUTO), codes, k)
 
     @classmethod
     def from_qwen3(cls, hf_model: Any) -> SequenceModel:
