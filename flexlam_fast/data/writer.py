@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.manifest import EPISODES, MANIFEST, SPLITS, Episode, FileRecord, Manifest, Shard, dump
+from flexlam_fast.data.stale import publish, workfolder
 from flexlam_fast.errors import InputError, StorageError
 
 SHARD_BYTES = 256 * 2**20
@@ -26,7 +26,7 @@ class EpisodeWriter:
     """Collects episodes into a temporary directory beside ``path``, which is renamed to ``path`` at the end.
 
     Used as a context manager. When the block raises, or the disk is full, nothing is left behind and whatever stood at
-    ``path`` is untouched.
+    ``path`` is untouched. What a killed process left behind is removed by the next writer to the same ``path``.
 
     Args:
         path: the directory to make.
@@ -62,12 +62,15 @@ class EpisodeWriter:
         self._pending_frames = 0
         self._splits: dict[tuple[str, int], str] = {}
         self._work: Path | None = None
+        self._cleanup = ExitStack()
 
     def __enter__(self) -> Self:
+        folder = self._cleanup.enter_context(workfolder(self.path))
+        self._work = folder / "made"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            self._work.mkdir(0o755)
         except OSError as error:
+            self._cleanup.close()
             raise _storage(self.path, error) from error
         return self
 
@@ -78,9 +81,8 @@ class EpisodeWriter:
             if error is None:
                 self._finish()
         finally:
-            if self._work is not None:
-                shutil.rmtree(self._work, ignore_errors=True)
-                self._work = None
+            self._work = None
+            self._cleanup.close()
 
     def add(
         self,
@@ -190,14 +192,8 @@ class EpisodeWriter:
         assert self._work is not None
         check_target(self.path, self._overwrite)
         try:
-            self._work.chmod(0o755)  # mkdtemp gives 0o700
             _sync(self._work)
-            if self.path.exists():
-                with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.", dir=self.path.parent) as old:
-                    self.path.rename(Path(old) / "old")
-                    self._work.rename(self.path)
-            else:
-                self._work.rename(self.path)
+            publish(self._work, self.path, self._work.parent)
             _sync(self.path.parent)
         except OSError as error:
             raise _storage(self.path, error) from error
