@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import pytest
 
@@ -15,43 +19,82 @@ from flexlam_fast.data.stale import PREVIOUS, publish, workfolder
 from flexlam_fast.errors import StorageError
 
 OWNER = """
-import sys
+import os, sys
 from pathlib import Path
-from flexlam_fast.data.stale import workfolder
-with workfolder(Path(sys.argv[1])) as folder:
+from flexlam_fast.data import stale
+with stale.workfolder(Path(sys.argv[1])) as folder:
     (folder / "made").mkdir()
     (folder / "made" / "half").write_bytes(b"x")
-    print(folder, flush=True)
+    (folder / "also").write_bytes(os.fsencode(sys.argv[1] + ".shared") + b"\\0")
+    print(ascii((str(folder), stale._watcher._process.pid)), flush=True)
     sys.stdin.read()
 """
 
 
-def owner(path: Path) -> tuple[subprocess.Popen[str], Path]:
+class Owner(NamedTuple):
     """Another process that holds a working folder until its standard input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+
+    process: subprocess.Popen[str]
+    folder: Path
+    watcher: int
+
+    @classmethod
+    def start(cls, path: Path) -> Self:
+        command = [sys.executable, "-c", OWNER, str(path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        folder, watcher = ast.literal_eval(process.stdout.readline())
+        return cls(process, Path(folder), watcher)
+
+    def kill(self, with_watcher: bool) -> None:
+        if with_watcher:
+            os.kill(self.watcher, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
 
 
-def test_what_a_killed_owner_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
+def test_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
+    """Whatever the paths are called; the folder of a living owner of the same target stays."""
+    path = tmp_path / "a b\n'c\udcff" / "set"
+    alive, dead = Owner.start(path), Owner.start(path)
+    shared = Path(f"{path}.shared")
+    shared.touch()
+    assert alive.folder.parent == dead.folder.parent == path.parent
+    dead.kill(with_watcher=False)
+    assert wait_until(lambda: not dead.folder.exists())
+    assert not shared.exists()
+    assert list(path.parent.iterdir()) == [alive.folder]
+    alive.process.communicate("")
+    assert alive.process.returncode == 0
+    assert list(path.parent.iterdir()) == []
+
+
+def test_the_watcher_ends_with_the_last_folder(tmp_path: Path) -> None:
+    with workfolder(tmp_path / "a"):
+        with workfolder(tmp_path / "b"):
+            watcher = stale._watcher._process
+            assert watcher is not None
+        assert watcher.poll() is None
+    assert watcher.poll() is not None
+    assert stale._watcher._process is None
+
+
+def test_the_next_start_removes_what_a_killed_owner_left_and_nothing_of_a_living_one(tmp_path: Path) -> None:
     path = tmp_path / "set"
-    alive, used = owner(path)
-    dead, left = owner(path)
-    assert used.parent == left.parent == tmp_path
-    kill(dead)
-    assert (left / "made" / "half").exists()
+    alive, dead = Owner.start(path), Owner.start(path)
+    dead.kill(with_watcher=True)
+    assert (dead.folder / "made" / "half").exists()
     with workfolder(path) as mine:
-        assert sorted(tmp_path.iterdir()) == sorted([used, mine])
-    assert list(tmp_path.iterdir()) == [used]
-    alive.communicate("")
-    assert alive.returncode == 0
+        assert sorted(tmp_path.iterdir()) == sorted([alive.folder, mine])
+    assert list(tmp_path.iterdir()) == [alive.folder]
+    alive.process.communicate("")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,9 +114,9 @@ def test_publishing_replaces_and_a_kill_between_the_renames_loses_nothing(tmp_pa
     path = tmp_path / "set"
     path.mkdir()
     (path / "old").touch()
-    dead, left = owner(path)
-    kill(dead)
-    path.rename(left / PREVIOUS)
+    dead = Owner.start(path)
+    path.rename(dead.folder / PREVIOUS)
+    dead.kill(with_watcher=True)
     with workfolder(path) as folder:
         assert [p.name for p in path.iterdir()] == ["old"]
         (folder / "made").mkdir()

@@ -1,8 +1,8 @@
-"""Hidden working folders that are removed with their contents, at the latest at the next start after a SIGKILL.
+"""Hidden working folders that end with the process that made them, also when it is killed by SIGKILL.
 
-Half-made results are written to a hidden folder beside their target and renamed at the end. The process that makes the
-folder holds a lock (``flock``) on a file in it. The kernel drops the lock when the process ends, however it ends, so a
-folder whose lock can be taken has no owner any more, and the next process that writes to the same target removes it.
+Half-made results are written to a hidden folder beside their target and renamed at the end. While a process has such
+folders open, a small second one waits for its death (``remover.py``) and removes them then. Where that one was killed
+too, or the machine stopped, the next process that writes to the same target removes what is left.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
-import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from flexlam_fast.data import remover
+from flexlam_fast.data.remover import LOCK, PREVIOUS, SUFFIX
 from flexlam_fast.errors import StorageError
-
-LOCK, PREVIOUS, SUFFIX = "lock", "previous", ".partial"
 
 
 @contextlib.contextmanager
@@ -38,18 +39,20 @@ def workfolder(path: Path) -> Iterator[Path]:
         StorageError: if the folder cannot be made.
     """
     try:
+        path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path)
+        remover.remove_stale(str(path))
         folder, lock = _make(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         name = str(path) if str(path).isprintable() else repr(str(path))
         raise StorageError(f"{name}: expected to write it, got {getattr(error, 'strerror', None) or error}") from error
     owner = os.getpid()
     try:
-        yield folder
+        with _watcher.watch(path):
+            yield folder
     finally:
         if os.getpid() == owner:  # a forked copy of the process must not remove what its parent still uses
-            _delete(folder, path)
+            remover.delete(str(folder), str(path))
         os.close(lock)
 
 
@@ -57,7 +60,7 @@ def publish(made: Path, path: Path, folder: Path) -> None:
     """Rename ``made`` to ``path``; what stands at ``path`` is moved into ``folder`` first and removed with it.
 
     Where the second rename does not come to pass, because of an error or a kill, the earlier one is put back: at the
-    end of the block of :func:`workfolder`, or by the next start.
+    end of the block of :func:`workfolder`, or by whoever removes the folder of a killed process.
 
     Args:
         made: what is finished, inside ``folder``.
@@ -70,31 +73,6 @@ def publish(made: Path, path: Path, folder: Path) -> None:
     if os.path.lexists(path):
         path.rename(folder / PREVIOUS)
     made.rename(path)
-
-
-def remove_stale(path: Path) -> None:
-    """Remove the hidden folders beside ``path`` that a dead process left; those in use stay."""
-    name = re.compile(rf"{re.escape(f'.{path.name}.')}[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
-    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-        for entry in entries:
-            if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    _remove_dead(Path(entry.path), path)
-
-
-def _remove_dead(folder: Path, path: Path) -> None:
-    if folder.stat().st_uid != os.geteuid():
-        return
-    try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        folder.rmdir()  # killed before the lock was made, or after it was removed: empty, or not ours
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _delete(folder, path)
-    finally:
-        os.close(lock)
 
 
 def _make(path: Path) -> tuple[Path, int]:
@@ -120,14 +98,52 @@ def _make(path: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _delete(folder: Path, path: Path) -> None:
-    """Delete a folder, its lock last: what a kill leaves of it is found again."""
-    with contextlib.suppress(OSError):
-        if (folder / PREVIOUS).exists() and not os.path.lexists(path):
-            (folder / PREVIOUS).rename(path)
-        for entry in list(os.scandir(folder)):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.name != LOCK:
-                os.unlink(entry.path)
-    shutil.rmtree(folder, ignore_errors=True)
+class _Watcher:
+    """The second process: started with the first open folder, ended with the last."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner, self._open = 0, 0
+
+    @contextlib.contextmanager
+    def watch(self, path: Path) -> Iterator[None]:
+        """Have what is beside ``path`` removed if this process dies in the block."""
+        with self._mutex:
+            if self._owner != os.getpid():  # a forked copy of the process needs a watcher of its own
+                self._process, self._owner, self._open = None, os.getpid(), 0
+            self._open += 1
+            with contextlib.suppress(OSError):  # without it the next start removes what is left
+                self._tell(path)
+        owner = self._owner
+        try:
+            yield
+        finally:
+            with self._mutex:
+                if owner == self._owner == os.getpid():
+                    self._open -= 1
+                    if self._open == 0:
+                        self._end()
+
+    def _tell(self, path: Path) -> None:
+        if self._process is None and sys.executable:
+            # -I and -S: no module of the user's, and a start of a few milliseconds.
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", remover.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in the terminal must not end it
+            )
+        if self._process is not None and self._process.stdin is not None:
+            os.write(self._process.stdin.fileno(), os.fsencode(path) + b"\0")
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+_watcher = _Watcher()
