@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from flexlam_fast.checks import describe
 from flexlam_fast.errors import BackendError, InputError
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
@@ -79,6 +80,19 @@ def _triton(kind: str) -> BackendStatus:
     return BackendStatus(TRITON, False, f"Triton compiles for GPUs, not for {kind}")
 
 
+def named(backend: object) -> str:
+    """Return the backend that a call asks for by name; None is ``auto``.
+
+    Raises:
+        BackendError: something else than a name.
+    """
+    if backend is None:
+        return AUTO
+    if isinstance(backend, str):
+        return backend
+    raise BackendError(f"backend: expected one of {', '.join(NAMES)}, got {describe(backend)}")
+
+
 def choose(name: str, device: torch.device | str) -> BackendChoice:
     """Return the backend for ``name`` on ``device``.
 
@@ -89,7 +103,7 @@ def choose(name: str, device: torch.device | str) -> BackendChoice:
     Raises:
         BackendError: there is no such backend, or it was asked for by name and cannot run here.
     """
-    statuses = probe(device)
+    name, statuses = named(name), probe(device)
     if name == AUTO:
         taken = next(status for status in statuses if status.available)
         others = "; ".join(f"{s.name}: {s.reason}" for s in statuses if not s.available)
@@ -103,14 +117,16 @@ def choose(name: str, device: torch.device | str) -> BackendChoice:
     raise BackendError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """Return the device that ``name`` means, if it is here; ``auto`` is a GPU where there is one.
 
     Raises:
         InputError: for a name torch does not know, or a device this machine lacks.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, str | torch.device):
+        raise InputError(f"device: expected a name such as cpu or cuda:1, got {describe(name)}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

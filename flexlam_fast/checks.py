@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexlam_fast.errors import BudgetError, InputError
+from flexlam_fast.errors import BudgetError, FlexLAMError, InputError
 
 
 def describe(value: object) -> str:
@@ -118,15 +120,27 @@ def _span(low: float, high: float, integer: bool, open_low: bool) -> str:
     return f"{kind} of at least {least}" if high == math.inf else f"{kind} in {least}..{most}"
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+def check_list(name: str, values: object, expected: str) -> list[Any]:
+    """Return ``values`` as a list when it is a sequence, an array or a tensor of at least one dimension; no text.
+
+    Raises:
+        InputError: ``sessions: expected integers, got str 'all'``, with ``expected`` as the first half.
+    """
+    if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping):
+        with contextlib.suppress(TypeError):  # arrays and tensors of no dimension
+            return list(values)
+    raise InputError(f"{name}: expected {expected}, got {describe(values)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str], error: type[FlexLAMError] = InputError) -> str:
     """Return ``value`` when it is one of the names in ``choices``.
 
     Raises:
-        InputError: ``dtype: expected one of float32, bfloat16, got 'int8'``.
+        InputError: ``dtype: expected one of float32, bfloat16, got 'int8'``; or ``error``, if that is given.
     """
     if isinstance(value, str) and value in choices:
         return value
-    raise InputError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
+    raise error(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
 
 
 def check_names(name: str, values: object, choices: Collection[str]) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from flexlam_fast.errors import ConfigError
+from flexlam_fast.checks import check_choice, describe
+from flexlam_fast.errors import ConfigError, InputError
 
 PREFIX_MODES = ("uniform", "full")
 
@@ -239,9 +240,7 @@ class FlexLAMConfig:
         """
         from flexlam_fast.presets import PRESETS
 
-        if name not in PRESETS:
-            raise ConfigError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        return PRESETS[name]
+        return PRESETS[check_choice("preset", name, sorted(PRESETS), ConfigError)]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the configuration as JSON text, and write it to ``path`` when given."""
@@ -285,3 +284,13 @@ def _build(kind: type, data: Any, where: str) -> Any:
         return kind(**values)
     except (TypeError, ArithmeticError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def check_config(cfg: object) -> None:
+    """Check that a model is built from a configuration.
+
+    Raises:
+        InputError: ``cfg`` is something else.
+    """
+    if not isinstance(cfg, FlexLAMConfig):
+        raise InputError(f"cfg: expected a FlexLAMConfig, got {describe(cfg)}")

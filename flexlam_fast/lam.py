@@ -14,7 +14,7 @@ from flexlam_fast.backend import REFERENCE
 from flexlam_fast.bottleneck import Bottleneck, Quantized
 from flexlam_fast.capture import GraphedFunction
 from flexlam_fast.checks import check_budget, check_tensor, describe
-from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.config import FlexLAMConfig, check_config
 from flexlam_fast.decoder import Decoder
 from flexlam_fast.encoder import Encoder
 from flexlam_fast.errors import InputError
@@ -44,6 +44,7 @@ class LatentActionModel(nn.Module):
 
     def __init__(self, cfg: FlexLAMConfig, backend: str = "auto") -> None:
         super().__init__()
+        check_config(cfg)
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.bottleneck = Bottleneck(cfg.bottleneck, backend)

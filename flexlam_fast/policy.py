@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import fp32_by_default, isolated
-from flexlam_fast.backend import AUTO, REFERENCE, TRITON, choose
-from flexlam_fast.checks import check_budget, check_finite, check_tensor
-from flexlam_fast.config import FlexLAMConfig
+from flexlam_fast.backend import AUTO, REFERENCE, TRITON, choose, find_device
+from flexlam_fast.checks import check_budget, check_finite, check_number, check_tensor, describe
+from flexlam_fast.config import FlexLAMConfig, check_config
 from flexlam_fast.deadline import LatencyTable, measure
 from flexlam_fast.errors import BackendError, BudgetError, CacheError, InputError
 from flexlam_fast.graphs import GraphedLoop
@@ -28,6 +29,7 @@ from flexlam_fast.types import Actions, Decision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_SESSIONS = 1_000_000
+SEEDS = -(2**63), 2**64 - 1  # that torch takes
 
 
 class Policy(Pretrained):
@@ -72,17 +74,20 @@ class Policy(Pretrained):
                 ``pages`` of another dtype than the weights.
             InputError: another dtype.
         """
-        for name, kind in (("dtype", dtype), ("pages", pages)):
-            if kind not in DTYPES.values() and not (name == "pages" and kind is None):
-                raise InputError(f"{name}: expected {', '.join(DTYPES)}, got {kind}")
-        self.cfg, self.device, self.dtype, self.pages = cfg, torch.device(device), dtype, pages or dtype
+        for name, kind in (("dtype", dtype), ("pages", dtype if pages is None else pages)):
+            if not isinstance(kind, torch.dtype) or kind not in DTYPES.values():
+                raise InputError(f"{name}: expected {', '.join(DTYPES)}, got {describe(kind)}")
+        check_config(cfg)
+        check_number("seed", seed, *SEEDS, integer=True)
+        self.cfg, self.device, self.dtype = cfg, find_device(device), dtype
+        self.pages = dtype if pages is None else pages
         self.backend = choose(backend, self.device)
         if self.backend.name == TRITON and self.pages != dtype:
             expected = f"{_name(dtype)}, the dtype of the weights, with backend {TRITON!r}"
             raise BackendError(f"pages: expected {expected}, got {_name(self.pages)}")
         self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
         with torch.random.fork_rng(devices=[]), fp32_by_default():
-            torch.manual_seed(seed)
+            torch.manual_seed(int(seed))
             self.lam = LatentActionModel(cfg, backend)
             self.sequence = SequenceModel(cfg)
             self.translator = Translator(cfg)
@@ -144,8 +149,9 @@ class Policy(Pretrained):
             self.cache.reset(chosen)
             self.loop.forget(chosen)
             return
-        check_budget("batch_size", batch_size, 1, MOST_SESSIONS)
+        batch_size = check_budget("batch_size", batch_size, 1, MOST_SESSIONS)
         room = check_budget("capacity", batch_size if capacity is None else capacity, batch_size, MOST_SESSIONS)
+        seed = int(check_number("seed", seed, *SEEDS, integer=True))
         self.loop = DecisionLoop(self.cfg, room, self.device, self.dtype, self.pages, seed)
         self.cache.open(batch_size)
         self.graphed = GraphedLoop(self.loop) if self.graphs else None
@@ -240,11 +246,16 @@ class Policy(Pretrained):
             BudgetError: a budget outside ``1..K``, or no round to measure.
         """
         slots = self.cfg.bottleneck.slots
-        chosen = sorted({*(2**i for i in range(slots.bit_length())), slots}) if budgets is None else list(budgets)
-        for k in chosen:
-            check_budget("budgets", k, 1, slots)
-        check_budget("rounds", rounds, 1, 1_000_000)
-        batch, state = batch_size or len(self.cache.opened), (self.loop, self.graphed, self.generator)
+        chosen = sorted({*(2**i for i in range(slots.bit_length())), slots})
+        if budgets is not None:
+            if not isinstance(budgets, Sequence) or isinstance(budgets, str | bytes) or not budgets:
+                raise BudgetError(f"budgets: expected integers in 1..{slots}, got {describe(budgets)}")
+            chosen = [check_budget("budgets", k, 1, slots) for k in budgets]
+        warm, rounds = check_budget("warm", warm, 0, 1_000_000), check_budget("rounds", rounds, 1, 1_000_000)
+        batch = check_budget(
+            "batch_size", len(self.cache.opened) if batch_size is None else batch_size, 1, MOST_SESSIONS
+        )
+        state = self.loop, self.graphed, self.generator
         try:
             self.reset(batch)
             size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
@@ -282,8 +293,7 @@ class Policy(Pretrained):
 
     def _heat(self, temperature: float | None, top_k: int | None) -> tuple[float, int | None]:
         heat = self.cfg.sequence.temperature if temperature is None else temperature
-        if not isinstance(heat, int | float) or not 0 <= heat < float("inf"):
-            raise InputError(f"temperature: expected a number of at least 0, got {heat!r}")
+        heat = float(check_number("temperature", heat, 0, math.inf))
         most = self.cfg.bottleneck.codebook_size
         return heat, None if top_k is None else check_budget("top_k", top_k, 1, most)
 

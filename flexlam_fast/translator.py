@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.checks import check_tensor
-from flexlam_fast.config import FlexLAMConfig, TranslatorConfig
+from flexlam_fast.config import FlexLAMConfig, TranslatorConfig, check_config
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import init_linear
 from flexlam_fast.ops.translate import pack_translator, translate
@@ -47,6 +47,7 @@ class Translator(nn.Module):
 
     def __init__(self, cfg: FlexLAMConfig) -> None:
         super().__init__()
+        check_config(cfg)
         self.cfg = cfg.translator
         inputs = cfg.bottleneck.slots * cfg.bottleneck.dim + self.cfg.action_dim
         self.stem = nn.Linear(inputs, self.cfg.wide)

@@ -181,7 +181,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"^preset: expected one of \['dmlab', 'tiny'.*\], got 'huge'$"):
+    with pytest.raises(ConfigError, match=r"^preset: expected one of dmlab, tiny.*, got 'huge'$"):
         FlexLAMConfig.preset("huge")
 
 

@@ -13,18 +13,30 @@ import torch
 from torch import Tensor
 
 from flexlam_fast import backend as backends
-from flexlam_fast.checks import check_tensor, describe
+from flexlam_fast.checks import check_list, check_number, check_tensor, describe
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops.thresholds import MAX_LEVELS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+MAX_FP32 = torch.finfo(torch.float32).max
 MAX_INNER = 2048  # a program of the fused projection holds whole rows
 _KERNEL_FLOATS = FLOATS[:3]
 _MAX_DIM, _MAX_LEVELS_NATIVE_CUDA = 8, 64
 
 
 _good: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+
+def levels_of(levels: object) -> tuple[int, ...]:
+    """Return ``levels`` as a tuple of integers of at least 2 whose codes fit in int32.
+
+    Raises:
+        InputError: it is something else.
+    """
+    given = levels if isinstance(levels, tuple) else tuple(check_list("levels", levels, "integers of at least 2"))
+    check_levels(given)
+    return given
 
 
 def check_levels(levels: tuple[int, ...]) -> None:
@@ -41,6 +53,17 @@ def check_levels(levels: tuple[int, ...]) -> None:
         raise InputError(f"levels: expected a codebook below 2^31, got {list(levels)!r}")
     if len(_good) < 256:
         _good[levels] = levels
+
+
+def check_eps(eps: object) -> float:
+    """Return what a norm adds to its mean square, if it is a finite number of at least 0.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if type(eps) is float and 0.0 <= eps <= MAX_FP32:
+        return eps
+    return float(check_number("eps", eps, 0, MAX_FP32))
 
 
 def check_latents(name: str, z: Tensor, dim: int) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, REFERENCE, TRITON, BackendStatus, probe
-from flexlam_fast.checks import check_tensor, describe
+from flexlam_fast.backend import AUTO, REFERENCE, TRITON, BackendStatus, named, probe
+from flexlam_fast.checks import check_choice, check_tensor, describe
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops import arguments as check
 from flexlam_fast.ops import contracts, gradients
@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, implemen
         BackendError: an implementation asked for by name that cannot run here.
     """
     _check(q, k, v, causal)
-    name = _pick(implementation, q.device, q.dtype, q.shape[-1])
+    name = _pick(named(implementation), q.device, q.dtype, q.shape[-1])
     if name == TRITON and gradients.wants_gradient(q, k, v):
         raise BackendError("implementation: expected one with gradients, got 'triton'")
     return _RUN[name](q, k, v, causal) if q.numel() else torch.empty_like(q)
@@ -93,15 +93,13 @@ def choose_among(
     Raises:
         BackendError: there is no such implementation, or it was asked for by name and cannot run here.
     """
+    check_choice("implementation", implementation, (AUTO, *names), BackendError)
     if implementation == AUTO:
         problems = [(name, _problem(name, device, dtype, head_dim, load=True)) for name in fastest]
         name = next(name for name, problem in problems if not problem)
         left = "; ".join(f"{other}: {problem}" for other, problem in problems[: fastest.index(name)])
         kind, without = str(dtype).removeprefix("torch."), f" (without {left})" if left else ""
         return AttentionChoice(name, f"the fastest on {device} in {kind}: {_WHAT[name]}{without}")
-    if implementation not in names:
-        told = ", ".join((AUTO, *names))
-        raise BackendError(f"implementation: expected one of {told}, got {implementation!r}")
     problem = _problem(implementation, device, dtype, head_dim, load=True)
     if problem:
         raise BackendError(f"implementation: expected one that runs here, got {implementation!r}: {problem}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
-from flexlam_fast.checks import check_tensor, describe
+from flexlam_fast.checks import check_choice, check_number, check_tensor, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_frames
 from flexlam_fast.ops.arguments import FLOATS
@@ -89,10 +89,8 @@ def _check(out: Tensor, now: Tensor, following: Tensor, noise: Tensor, tau: Tens
     check_frames("now", now, 1)
     check_tensor("now", now, [*now.shape], torch.uint8, out.device)
     check_path(now.shape, following, noise, tau, out.device)
-    if predict not in PREDICTIONS:
-        raise InputError(f"predict: expected one of {', '.join(PREDICTIONS)}, got {predict!r}")
-    if not 0 < floor <= 1:
-        raise InputError(f"floor: expected a number above 0 and at most 1, got {floor!r}")
+    check_choice("predict", predict, PREDICTIONS)
+    check_number("floor", floor, 0, 1, open_low=True)
     batch, height, width, channels = now.shape
     patch = math.isqrt(out.shape[2] // channels)
     if patch < 1 or channels * patch * patch != out.shape[2]:

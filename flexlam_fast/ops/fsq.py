@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, REFERENCE, TRITON
-from flexlam_fast.checks import check_tensor
+from flexlam_fast.backend import AUTO, REFERENCE, TRITON, named
+from flexlam_fast.checks import check_list, check_number, check_tensor
 from flexlam_fast.ops import arguments as check
 from flexlam_fast.ops import gradients, philox, reference
 
@@ -42,14 +42,13 @@ def fsq(
         InputError: wrong shape, dtype, device, levels, or ``keep`` outside ``0..K`` (values are read on the CPU only).
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    levels = tuple(levels)
-    check.check_levels(levels)
+    levels = check.levels_of(levels)
     check.check_latents("z", z, len(levels))
     if keep is None:
         null = None
     else:
         check.check_prefix(keep, null, z.shape[:-2], z.shape[-2], len(levels), z.device)
-    name = check.pick(backend or AUTO, z.device, z.dtype, levels)
+    name = check.pick(named(backend), z.device, z.dtype, levels)
     if name == REFERENCE or (backend in (None, AUTO) and gradients.is_transformed()):
         return reference.fsq(z, levels, keep, null)
     return gradients.fsq(z, levels, keep, null, name)
@@ -89,14 +88,13 @@ def fsq_project(
         InputError: wrong shape, dtype, device or levels, or ``keep`` outside ``0..K``.
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    levels = tuple(levels)
-    check.check_levels(levels)
+    levels = check.levels_of(levels)
     check.check_latents("x", x, x.shape[-1] if isinstance(x, Tensor) and x.dim() else 1)
     check_tensor("weight", weight, [len(levels), x.shape[-1]], check.FLOATS, x.device)
     if bias is not None:
         check_tensor("bias", bias, [len(levels)], check.FLOATS, x.device)
     check.check_prefix(keep, null, x.shape[:-2], x.shape[-2], len(levels), x.device)
-    name = check.pick(backend or AUTO, x.device, x.dtype, levels)
+    name = check.pick(named(backend), x.device, x.dtype, levels)
     null = null if keep is not None else None
     if name == TRITON and x.shape[-1] <= check.MAX_INNER:
         return gradients.fsq_project(x, weight, bias, levels, keep, null, name)
@@ -134,13 +132,12 @@ def fsq_sample(
         InputError: wrong shape, dtype, device, levels or weights.
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    levels = tuple(levels)
-    check.check_levels(levels)
+    levels = check.levels_of(levels)
     check.check_latents("z", z, len(levels))
     check.check_null(null, len(levels), z.device)
     check_tensor("seed", seed, [2], torch.int64, z.device)
-    edges = philox.prefix_edges(z.shape[-2], None if weights is None else tuple(weights), z.device)
-    name = check.pick(backend or AUTO, z.device, z.dtype, levels)
+    edges = philox.prefix_edges(z.shape[-2], _odds(weights, z.shape[-2] + 1), z.device)
+    name = check.pick(named(backend), z.device, z.dtype, levels)
     if name != REFERENCE and not (backend in (None, AUTO) and gradients.is_transformed()):
         return gradients.fsq_sample(z, levels, null, seed, edges, name)
     keep = philox.sample_prefix(seed, edges, z.shape[:-2].numel()).view(z.shape[:-2])
@@ -172,13 +169,20 @@ def codes_to_latents(
         InputError: wrong shape, dtype, device or levels, or a retained code outside ``[0, C)`` (read on the CPU only).
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
-    levels = tuple(levels)
-    check.check_levels(levels)
+    levels = check.levels_of(levels)
     if not isinstance(codes, Tensor) or codes.dim() < 1 or codes.dtype not in check.INTEGERS:
         check_tensor("codes", codes, ["...", "K"], check.INTEGERS)
     check.check_prefix(keep, null, codes.shape[:-1], codes.shape[-1], len(levels), codes.device)
     check.check_codes(codes, levels, keep)
-    name = check.pick(backend or AUTO, codes.device, torch.float32, levels)
+    name = check.pick(named(backend), codes.device, torch.float32, levels)
     if name == REFERENCE or (backend in (None, AUTO) and gradients.is_transformed()):
         return reference.codes_to_latents(codes, levels, keep, null)
     return gradients.codes_to_latents(codes, levels, keep, null if keep is not None else None, name)
+
+
+def _odds(weights: Sequence[float] | None, count: int) -> tuple[float, ...] | None:
+    """Check the odds of retained lengths one by one."""
+    if weights is None:
+        return None
+    given = check_list("weights", weights, f"{count} odds")
+    return tuple(float(check_number("weights", odds, 0, check.MAX_FP32)) for odds in given)

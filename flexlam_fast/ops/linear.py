@@ -15,11 +15,11 @@ from torch import Tensor
 
 from flexlam_fast import backend as backends
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON, named
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops import native_decode
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, check_eps
 from flexlam_fast.ops.contracts import compiled, define
 from flexlam_fast.ops.gradients import OPS, is_plain
 
@@ -55,7 +55,7 @@ def norm_linear(
     """
     _check_layer(x, weight, "weight")
     _check_like("norm", norm, (x.shape[-1],), x)
-    return _run(x, norm, weight, None, eps, False, fp32_out, _for_rows(backend, x))
+    return _run(x, norm, weight, None, check_eps(eps), False, fp32_out, _for_rows(backend, x))
 
 
 @outside_autocast
@@ -80,7 +80,7 @@ def norm_swiglu(x: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend
     if gate_up.shape[0] % 2:
         raise InputError(f"gate_up: expected an even number of rows, got {gate_up.shape[0]}")
     _check_like("norm", norm, (x.shape[-1],), x)
-    return _run(x, norm, gate_up, None, eps, True, False, _for_rows(backend, x))
+    return _run(x, norm, gate_up, None, check_eps(eps), True, False, _for_rows(backend, x))
 
 
 @outside_autocast
@@ -145,7 +145,7 @@ def pick(backend: str | None, device: torch.device, dtype: torch.dtype, most: in
     Raises:
         BackendError: a backend asked for by name that is not here, or whose kernels do not take such arguments.
     """
-    return _pick(backend or AUTO, device, dtype, most, native)
+    return _pick(named(backend), device, dtype, most, native)
 
 
 # torch.compiler.assume_constant_result makes this mark too, but imports the compiler, which takes a second
@@ -174,7 +174,7 @@ def _pick(backend: str, device: torch.device, dtype: torch.dtype, most: int, nat
 
 def _for_rows(backend: str | None, x: Tensor) -> str:
     """The backend of a linear layer of ``x``."""
-    if backend in (None, AUTO) and x.is_cpu and x.numel() > MOST_ROWS * x.shape[-1]:
+    if named(backend) == AUTO and x.is_cpu and x.numel() > MOST_ROWS * x.shape[-1]:
         return REFERENCE
     return pick(backend, x.device, x.dtype, x.shape[-1], native=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexlam_fast import backend as backends
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, named
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.ops.arguments import FLOATS, choose_native
 from flexlam_fast.ops.contracts import compiled
@@ -49,7 +49,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     check_tensor("weight", weight, ["O", x.shape[-1]], torch.float32, x.device)
     if bias is not None:
         check_tensor("bias", bias, [weight.shape[0]], torch.float32, x.device)
-    name = _pick(backend or AUTO, x.device, *weight.shape)
+    name = _pick(named(backend), x.device, *weight.shape)
     x = x.to(_HALF)
     if name == REFERENCE:
         with torch.autocast(x.device.type, enabled=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
-from flexlam_fast.checks import check_tensor
+from flexlam_fast.checks import check_number, check_tensor
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_sequence
 from flexlam_fast.ops.arguments import FLOATS, is_readable
@@ -47,6 +47,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, b
     if not codes:
         raise InputError(f"logits: expected at least one column, got {list(logits.shape)}")
     check_tensor("target", target, [rows], torch.int64, logits.device)
+    ignore_index = int(check_number("ignore_index", ignore_index, -(2**63), 2**63 - 1, integer=True))
     _check_codes(target, codes, ignore_index)
     name = pick(backend, logits.device, logits.dtype, 1, native=True)
     if name == REFERENCE:

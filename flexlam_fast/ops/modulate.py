@@ -10,6 +10,7 @@ from torch import Tensor
 from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import NATIVE, REFERENCE, TRITON
 from flexlam_fast.ops import native_rows, row_norm
+from flexlam_fast.ops.arguments import check_eps
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.rows import check_dtype, check_like, check_parameter, check_rows, pick_for
@@ -50,7 +51,7 @@ def adaln(
     check_parameter("scale", scale, x)
     check_like("shift", shift, scale.shape, x.device)
     check_dtype(dtype)
-    return _norm(x, scale, shift, eps, True, dtype or x.dtype, backend)
+    return _norm(x, scale, shift, check_eps(eps), True, dtype or x.dtype, backend)
 
 
 @outside_autocast
@@ -85,7 +86,7 @@ def layer_norm(
     if bias is not None:
         check_like("bias", bias, x.shape[-1:], x.device)
     check_dtype(dtype)
-    return _norm(x, weight, bias, eps, False, dtype or x.dtype, backend)
+    return _norm(x, weight, bias, check_eps(eps), False, dtype or x.dtype, backend)
 
 
 def _norm(
@@ -94,7 +95,7 @@ def _norm(
     name = pick_for(backend, x, scale, shift, dtype, most=x.shape[-1])
     if name == REFERENCE:
         return row_norm.reference(x, scale, shift, eps, True, one, dtype)
-    out: Tensor = row_norm.run(x, scale, shift, float(eps), True, one, dtype, name)[0]
+    out: Tensor = row_norm.run(x, scale, shift, eps, True, one, dtype, name)[0]
     return out
 
 

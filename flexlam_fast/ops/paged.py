@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
-from flexlam_fast.checks import check_tensor
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON, named
+from flexlam_fast.checks import check_number, check_tensor
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops import linear, native_decode
 from flexlam_fast.ops import paged_reference as reference
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, MAX_FP32, check_eps
 from flexlam_fast.ops.contracts import compiled, define
 from flexlam_fast.ops.gradients import OPS, is_plain, is_transformed
 
@@ -82,7 +82,7 @@ def write_pages(
     _expect("k_norm", k_norm, (dim,), qkv.dtype, qkv)
     _expect("positions", positions, tuple(qkv.shape[:2]), torch.int64, qkv)
     _expect("rows", rows, tuple(qkv.shape[:2]), torch.int64, qkv)
-    args = qkv, q_norm, k_norm, positions, rows, k_pages, v_pages, float(theta), float(eps)
+    args = qkv, q_norm, k_norm, positions, rows, k_pages, v_pages, _theta(theta), check_eps(eps)
     name = pick(backend, qkv.device, qkv.dtype, dim)
     if name == REFERENCE:
         return reference.write_pages(*args)
@@ -187,7 +187,7 @@ def pick(backend: str | None, device: torch.device, dtype: torch.dtype, dim: int
     Raises:
         BackendError: a backend asked for by name that is not here, or whose kernels do not take such arguments.
     """
-    return _pick(backend or AUTO, device, dtype, dim)
+    return _pick(named(backend), device, dtype, dim)
 
 
 # torch.compiler.assume_constant_result makes this mark too, but imports the compiler, which takes a second
@@ -204,6 +204,10 @@ def _pick(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> s
     raise BackendError(
         f"backend: expected a head dimension that is a power of two in {LEAST_DIM}..{MOST_DIM} for {name!r}, got {dim}"
     )
+
+
+def _theta(theta: object) -> float:
+    return float(check_number("theta", theta, 0, MAX_FP32, open_low=True))
 
 
 def _check_pages(k_pages: Tensor, v_pages: Tensor) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
-from flexlam_fast.checks import check_tensor
+from flexlam_fast.checks import check_number, check_tensor, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_frames
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, MAX_FP32
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_plain
 from flexlam_fast.ops.linear import pick
@@ -80,7 +80,8 @@ def tubelets(
     """
     check_frames("now", now, patch)
     check_tensor("following", following, list(now.shape), torch.uint8, now.device)
-    return _run(now, following, None, None, TUBELETS, patch, float(gain), dtype, backend)
+    gain = float(check_number("gain", gain, -MAX_FP32, MAX_FP32))
+    return _run(now, following, None, None, TUBELETS, patch, gain, dtype, backend)
 
 
 @outside_autocast
@@ -182,8 +183,8 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     """Pick and call."""
-    if dtype not in FLOATS:
-        raise InputError(f"dtype: expected a floating dtype, got {dtype!r}")
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise InputError(f"dtype: expected a floating dtype, got {describe(dtype)}")
     name = pick(backend, now.device, dtype, 1, native=True)
     if name == REFERENCE:
         return reference(now, following, noise, tau, kind, patch, gain, dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from flexlam_fast.ambient import outside_autocast
 from flexlam_fast.backend import REFERENCE
 from flexlam_fast.ops import row_norm
+from flexlam_fast.ops.arguments import check_eps
 from flexlam_fast.ops.rows import check_dtype, check_like, check_rows, pick_for
 
 
@@ -38,9 +39,10 @@ def rms_norm(
     check_rows("x", x)
     check_like("weight", weight, x.shape[-1:], x.device)
     check_dtype(dtype)
+    eps = check_eps(eps)
     out_dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
     name = pick_for(backend, x, weight, out_dtype, most=x.shape[-1])
     if name == REFERENCE:
         return row_norm.reference(x, weight, None, eps, False, False, out_dtype)
-    out: Tensor = row_norm.run(x, weight, None, float(eps), False, False, out_dtype, name)[0]
+    out: Tensor = row_norm.run(x, weight, None, eps, False, False, out_dtype, name)[0]
     return out

@@ -16,10 +16,11 @@ from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, TRITON
 from flexlam_fast.checks import check_tensor
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_sequence
-from flexlam_fast.ops.arguments import FLOATS
+from flexlam_fast.ops.arguments import FLOATS, check_eps
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.linear import pick
+from flexlam_fast.ops.rows import check_dtype
 
 _ANGLES = (torch.float32, torch.float64)
 
@@ -60,9 +61,8 @@ def qk_norm_rope(
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
     _check(q, k, q_weight, k_weight, cos, sin)
-    out = dtype or q.dtype
-    if out not in FLOATS:
-        raise InputError(f"dtype: expected a floating dtype, got {out}")
+    check_dtype(dtype)
+    out, eps = dtype or q.dtype, check_eps(eps)
     kinds = (q.dtype, k.dtype, q_weight.dtype, k_weight.dtype, cos.dtype, out)
     name = pick(backend, q.device, torch.float64 if torch.float64 in kinds else q.dtype, q.shape[-1], native=True)
     if name == REFERENCE:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexlam_fast.backend import AUTO, REFERENCE
+from flexlam_fast.backend import AUTO, REFERENCE, named
 from flexlam_fast.checks import check_tensor, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops.arguments import FLOATS
@@ -49,7 +49,7 @@ def check_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
 
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Check the dtype that a result is asked for in."""
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         names = " or ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise InputError(f"dtype: expected {names}, got {describe(dtype)}")
 
@@ -61,9 +61,10 @@ def pick_for(backend: str | None, x: Tensor, *others: Tensor | torch.dtype | Non
         BackendError: a backend asked for by name that cannot run here or does not take such arguments.
     """
     dtypes = [other.dtype if isinstance(other, Tensor) else other for other in others if other is not None]
-    if backend in (None, AUTO) and is_transformed():
+    name = named(backend)
+    if name == AUTO and is_transformed():
         return REFERENCE
-    return pick(backend, x.device, reduce(torch.promote_types, dtypes, x.dtype), most, native=True)
+    return pick(name, x.device, reduce(torch.promote_types, dtypes, x.dtype), most, native=True)
 
 
 def extent_of(x: Tensor, parameter: Tensor) -> Extent:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, NATIVE, REFERENCE
-from flexlam_fast.checks import check_tensor, describe
+from flexlam_fast.backend import AUTO, NATIVE, REFERENCE, named
+from flexlam_fast.checks import check_number, check_tensor, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops import native_attention
-from flexlam_fast.ops.arguments import FLOATS, choose_native
+from flexlam_fast.ops.arguments import FLOATS, MAX_FP32, choose_native
 from flexlam_fast.ops.contracts import compiled
 from flexlam_fast.ops.differentiable import define_differentiable, define_plain
 from flexlam_fast.ops.gradients import is_transformed
@@ -64,7 +64,7 @@ def self_attention(
     """
     _check(q, k, v)
     scale = _check_rest(q, k.shape[1], mask, causal, scale)
-    name = _pick(backend or AUTO, q.device, q.dtype, q.shape[-1])
+    name = _pick(named(backend), q.device, q.dtype, q.shape[-1])
     if name == NATIVE:
         return _attend(q, k, v, _bytes(mask), causal, scale)[0]
     return (_fused if name == _TORCH else reference)(q, k, v, mask, causal, scale)
@@ -101,7 +101,7 @@ def self_attention_packed(
         raise InputError(f"qkv: expected at least one token, head and dimension, got {describe(qkv)}")
     q = qkv[:, :, 0]
     scale = _check_rest(q, q.shape[1], mask, causal, scale)
-    name = _pick(backend or AUTO, q.device, q.dtype, q.shape[-1])
+    name = _pick(named(backend), q.device, q.dtype, q.shape[-1])
     if name == NATIVE:
         return _attend_packed(qkv, _bytes(mask), causal, scale)[0]
     q, k, v = qkv.unbind(2)
@@ -275,6 +275,4 @@ def _check_rest(q: Tensor, keys: int, mask: Tensor | None, causal: bool, scale: 
         raise InputError(f"k: expected at least the {q.shape[1]} queries' number of keys with causal, got {keys}")
     if scale is None:
         return 1.0 / math.sqrt(q.shape[-1])
-    if not 0.0 < scale < math.inf:
-        raise InputError(f"scale: expected a finite number above 0, got {scale!r}")
-    return float(scale)
+    return float(check_number("scale", scale, 0, MAX_FP32, open_low=True))

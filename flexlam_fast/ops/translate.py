@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, NAMES, NATIVE, REFERENCE, TRITON, choose, probe
+from flexlam_fast.backend import AUTO, NAMES, NATIVE, REFERENCE, TRITON, choose, named, probe
 from flexlam_fast.checks import check_budget, check_tensor, describe
 from flexlam_fast.errors import BackendError, InputError
 from flexlam_fast.ops import arguments as check
@@ -52,6 +52,8 @@ def pack_translator(state: Mapping[str, Tensor]) -> TranslatorWeights:
     Raises:
         InputError: a tensor that is missing or of another dtype.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"state: expected a translator's tensors by name, got {describe(state)}")
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     parts = [f"blocks.{i}.{part}" for i in range(depth) for part in ("norm", "down", "up")]
     names = [f"{part}.{end}" for part in ("stem", *parts, "norm", "head") for end in ("weight", "bias")]
@@ -109,9 +111,9 @@ def translate(
             only; on a GPU such a code gives some finite result of no meaning.
         BackendError: a backend asked for by name that cannot run here or has no code for this.
     """
-    levels = tuple(levels)
+    levels = check.levels_of(levels)
     _check(codes, k, levels, null, previous, weights, slots)
-    name = _pick(backend or AUTO, codes.device, weights.stem.dtype, weights.stem.shape[1])
+    name = _pick(named(backend), codes.device, weights.stem.dtype, weights.stem.shape[1])
     differentiated = gradients.wants_gradient(null, previous, *weights)
     if name == TRITON and (differentiated or gradients.is_transformed()):
         if backend == TRITON:
@@ -199,7 +201,6 @@ def _check(
     weights: TranslatorWeights,
     slots: int,
 ) -> None:
-    check.check_levels(levels)
     check_tensor("codes", codes, ["B", "n"], check.INTEGERS)
     check_budget("slots", slots, 1, 2**31 - 1)
     check_budget("k", k, 0, min(slots, codes.shape[1]))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import outside_autocast
-from flexlam_fast.backend import AUTO, REFERENCE
-from flexlam_fast.checks import check_tensor, describe
+from flexlam_fast.backend import AUTO, REFERENCE, named
+from flexlam_fast.checks import check_list, check_number, check_tensor, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.ops.arguments import FLOATS, is_readable
 from flexlam_fast.ops.attention import (
@@ -82,7 +82,7 @@ def varlen_attention(
         BackendError: an implementation asked for by name that cannot run here.
     """
     _check(q, k, v, starts, longest, lengths)
-    name = _pick(implementation, q.device, q.dtype, q.shape[-1])
+    name = _pick(named(implementation), q.device, q.dtype, q.shape[-1])
     if not q.numel():
         return torch.empty_like(q)
     return _PACKED[name](q, k, v, Sequences(starts, longest, None if lengths is None else tuple(lengths)), causal)
@@ -196,14 +196,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, length
     if not k.shape[1] or not dim or heads % k.shape[1]:
         raise InputError(f"k: expected a number of heads that divides {heads}, got {describe(k)}")
     check_tensor("starts", starts, ["S+1"], torch.int32, q.device)
+    check_number("longest", longest, 0, 2**31 - 1, integer=True)
     if not starts.numel():
         raise InputError("starts: expected at least one number, got none")
     if lengths is None and not is_readable(starts):
         return
-    told = lengths if lengths is not None else starts.diff().tolist()
+    told = starts.diff().tolist() if lengths is None else _whole("lengths", lengths, tokens)
     ends = not is_readable(starts) or (int(starts[0]), int(starts[-1])) == (0, tokens)
     if len(told) != starts.numel() - 1 or sum(told) != tokens or not ends or (told and min(told) < 0):
         what = "starts" if lengths is None else "lengths"
         raise InputError(f"{what}: expected sequences that make up {tokens} tokens, got {describe(list(told))}")
     if told and max(told) > longest:
         raise InputError(f"longest: expected at least {max(told)}, got {longest}")
+
+
+def _whole(name: str, values: Sequence[int], most: int) -> list[int]:
+    given = check_list(name, values, f"integers in 0..{most}")
+    return [int(check_number(name, value, 0, most, integer=True)) for value in given]

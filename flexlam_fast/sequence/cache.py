@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexlam_fast.checks import check_budget
+from flexlam_fast.checks import check_budget, check_list, check_number
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.errors import CacheError
 from flexlam_fast.ops.block import Spot
@@ -116,7 +116,11 @@ class PagedCache:
         Raises:
             CacheError: one that is not open, or named twice.
         """
-        chosen = [int(s) for s in sessions]
+        # a tensor's elements are tensors
+        given = sessions.tolist() if isinstance(sessions, Tensor) and sessions.dim() else sessions
+        chosen = [
+            int(check_number("sessions", s, 0, 2**31, integer=True)) for s in check_list("sessions", given, "integers")
+        ]
         closed = set(self.free)
         wrong = [s for s in chosen if not 0 <= s < self.capacity or s in closed]
         if wrong or len(set(chosen)) < len(chosen):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flexlam_fast.ambient import isolated
 from flexlam_fast.backend import AUTO, REFERENCE
 from flexlam_fast.checks import check_budget, check_tensor
-from flexlam_fast.config import FlexLAMConfig, SequenceConfig
+from flexlam_fast.config import FlexLAMConfig, SequenceConfig, check_config
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import Linear, patchify, product_dtype
 from flexlam_fast.ops.activation import swiglu
@@ -160,6 +160,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, cfg: FlexLAMConfig) -> None:
         super().__init__()
+        check_config(cfg)
         self.cfg = cfg
         seq = cfg.sequence
         self.codes = nn.Embedding(cfg.bottleneck.codebook_size, seq.hidden)
