@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexlam_fast.errors import BudgetError, FlexLAMError, InputError
+from flexlam_fast.errors import BudgetError, InputError
+from flexlam_fast.values import check_choice as check_choice
+from flexlam_fast.values import check_integers as check_integers
+from flexlam_fast.values import check_names as check_names
+from flexlam_fast.values import check_number as check_number
+from flexlam_fast.values import check_path as check_path
+from flexlam_fast.values import shown
 
 
 def describe(value: object) -> str:
@@ -22,15 +25,6 @@ def describe(value: object) -> str:
         shape = ",".join(str(n) for n in value.shape)
         return f"[{shape}] {str(value.dtype).removeprefix('torch.')} {value.device.type}"
     return f"{type(value).__name__} {shown(value)}"
-
-
-def shown(value: object) -> str:
-    """Write a value as one short line of printable characters, whatever it is."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        text = f"{type(value).__name__} of more digits than are printed"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_tensor(
@@ -85,41 +79,6 @@ def check_budget(name: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
-def check_number(
-    name: str, value: object, low: float, high: float, *, integer: bool = False, open_low: bool = False
-) -> float | int:
-    """Return ``value`` as Python's int or float when it is a finite number (Python's or NumPy's) in ``low..high``.
-
-    Args:
-        name: how the caller calls the argument.
-        value: what came; a bool is no number.
-        low: the least value; ``-math.inf`` for none.
-        high: the greatest value; ``math.inf`` for none.
-        integer: whether only integers will do.
-        open_low: whether ``low`` itself is refused.
-
-    Raises:
-        InputError: ``lr: expected a finite number above 0, got nan``.
-    """
-    kind = numbers.Integral if integer else numbers.Real
-    if not isinstance(value, bool) and isinstance(value, kind):
-        # Compared before it is converted: float() of a large integer overflows. NaN compares with nothing.
-        inside = (low < value if open_low else low <= value) and value <= high and abs(value) < math.inf  # type: ignore[operator]
-        if inside:
-            return int(value) if integer else float(value)  # type: ignore[call-overload]
-    raise InputError(f"{name}: expected {_span(low, high, integer, open_low)}, got {shown(value)}")
-
-
-def _span(low: float, high: float, integer: bool, open_low: bool) -> str:
-    least, most = (str(n) if isinstance(n, int) else f"{n:g}" for n in (low, high))
-    kind = "an integer" if integer else "a number" if math.inf > high else "a finite number"
-    if low == -math.inf:
-        return kind if high == math.inf else f"{kind} of at most {most}"
-    if open_low:
-        return f"{kind} above {least}" + ("" if high == math.inf else f", at most {most}")
-    return f"{kind} of at least {least}" if high == math.inf else f"{kind} in {least}..{most}"
-
-
 def check_list(name: str, values: object, expected: str) -> list[Any]:
     """Return ``values`` as a list when it is a sequence, an array or a tensor of at least one dimension; no text.
 
@@ -130,41 +89,6 @@ def check_list(name: str, values: object, expected: str) -> list[Any]:
         with contextlib.suppress(TypeError):  # arrays and tensors of no dimension
             return list(values)
     raise InputError(f"{name}: expected {expected}, got {describe(values)}")
-
-
-def check_choice(name: str, value: object, choices: Collection[str], error: type[FlexLAMError] = InputError) -> str:
-    """Return ``value`` when it is one of the names in ``choices``.
-
-    Raises:
-        InputError: ``dtype: expected one of float32, bfloat16, got 'int8'``; or ``error``, if that is given.
-    """
-    if isinstance(value, str) and value in choices:
-        return value
-    raise error(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
-
-
-def check_names(name: str, values: object, choices: Collection[str]) -> tuple[str, ...]:
-    """Return ``values`` as a tuple when it is a sequence of names in ``choices``, at least one, none twice.
-
-    Raises:
-        InputError: ``scenarios: expected some of take_cover, my_way_home, each once, got ()``.
-    """
-    given = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else ()
-    if given and all(isinstance(n, str) and n in choices for n in given) and len(set(given)) == len(given):
-        return given
-    raise InputError(f"{name}: expected some of {', '.join(choices)}, each once, got {shown(values)}")
-
-
-def check_path(name: str, value: object) -> Path:
-    """Return ``value`` as a path when an operating system can have one of that name.
-
-    Raises:
-        InputError: ``output: expected a path, got ''``; for another type, an empty string, or one with a NUL byte.
-    """
-    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InputError(f"{name}: expected a path, got {shown(value)}")
-    return Path(text)
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # games and data sets need the names here, and no torch
+    from torch import Tensor
 
 #: The joint vocabulary of the four ViZDoom scenarios; a button that a scenario lacks does nothing there.
 VIZDOOM_ACTIONS = ("NOOP", "TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD", "ATTACK", "MOVE_LEFT", "MOVE_RIGHT")

@@ -90,12 +90,19 @@ def test_noise_is_the_share_of_random_decisions() -> None:
     [
         ({"scenarios": ("chess",)}, "scenarios: expected some of"),
         ({"scenarios": ()}, "scenarios: expected some of"),
-        ({"steps": (1, 2, 3)}, "steps: expected 1 or 2 positive numbers"),
-        ({"steps": (0,)}, "steps: expected 1 or 2 positive numbers"),
-        ({"seed": 1000}, "seed: expected 0 to 999"),
-        ({"noise": 1.5}, "noise: expected 0 to 1"),
-        ({"test_fraction": 0.6}, "test_fraction: expected 0 to 0.5"),
-        ({"workers": 0}, "workers: expected 1 to"),
+        ({"scenarios": ("take_cover", "take_cover")}, "scenarios: expected some of .*, each once"),
+        ({"scenarios": "take_cover"}, "scenarios: expected some of"),
+        ({"steps": (1, 2, 3)}, "steps: expected 1 or 2 numbers"),
+        ({"steps": ()}, r"steps: expected integers in 1\.\.20000000, got \(\)"),
+        ({"steps": 5}, r"steps: expected integers in 1\.\.20000000, got 5"),
+        ({"steps": (0,)}, r"steps: expected an integer in 1\.\.20000000, got 0"),
+        ({"steps": (10**30,)}, "steps: expected an integer in"),
+        ({"seed": 1000}, r"seed: expected an integer in 0\.\.999"),
+        ({"seed": True}, r"seed: expected an integer in 0\.\.999"),
+        ({"noise": 1.5}, r"noise: expected a number in 0\.\.1"),
+        ({"noise": float("nan")}, r"noise: expected a number in 0\.\.1, got nan"),
+        ({"test_fraction": 0.6}, r"test_fraction: expected a number in 0\.\.0\.5"),
+        ({"workers": 0}, r"workers: expected an integer in 1\.\.1024"),
     ],
 )
 def test_refuses_what_does_not_fit(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
@@ -106,7 +113,7 @@ def test_refuses_what_does_not_fit(tmp_path: Path, change: dict[str, object], se
 
 def test_existing_target_is_refused_before_play(small: EpisodeStore) -> None:
     with pytest.raises(StorageError, match="expected a new directory"):
-        collect(small.path, SCENARIOS, steps=(10**9,), progress=False)
+        collect(small.path, SCENARIOS, steps=(10**7,), progress=False)
 
 
 def test_no_test_split_when_none_is_asked_for(tmp_path: Path) -> None:

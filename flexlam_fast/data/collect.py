@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.util
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,15 +16,20 @@ from typing import NamedTuple, Self
 from tqdm import tqdm
 
 from flexlam_fast.data.experts import Player, make_expert
+from flexlam_fast.data.game import check_start, skip_trial
+from flexlam_fast.data.launch import end_with_parent
 from flexlam_fast.data.play import Played, play
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.data.vizdoom import FRAME_SIZE, SCENARIOS, DoomEnv
 from flexlam_fast.data.writer import EpisodeWriter
 from flexlam_fast.errors import InputError, SimulatorError
 from flexlam_fast.types import VIZDOOM_ACTIONS
+from flexlam_fast.values import check_integers, check_names, check_number, check_path, shown
 
 #: Episode ``i`` of a collection has the seed ``seed * SEED_STRIDE + i``.
 SEED_STRIDE = 1_000_000
+#: Transitions of a scenario, which fewer than ``SEED_STRIDE`` episodes of any scenario reach; and processes that play.
+MAX_STEPS, MAX_WORKERS = 20_000_000, 1024
 #: Seeds from here on are never collected: evaluation plays these.
 EVALUATION_SEED = 1_000_000_000
 
@@ -67,6 +74,7 @@ def collect(
         SimulatorError: if ViZDoom is missing or stops.
         StorageError: if ``output`` exists or cannot be written.
     """
+    output = check_path("output", output)
     targets = _check(scenarios, steps, seed, noise, test_fraction, workers)
     shape = (FRAME_SIZE, FRAME_SIZE, 3)
     period = round(1 / test_fraction) if test_fraction else 0
@@ -115,22 +123,15 @@ def _check(
     test_fraction: float,
     workers: int,
 ) -> dict[str, int]:
-    unknown = sorted(set(scenarios) - set(SCENARIOS))
-    if unknown or not scenarios or len(set(scenarios)) < len(scenarios):
-        raise InputError(f"scenarios: expected some of {sorted(SCENARIOS)}, each once, got {tuple(scenarios)}")
-    if len(steps) not in (1, len(scenarios)) or min(steps) < 1:
-        raise InputError(f"steps: expected 1 or {len(scenarios)} positive numbers, got {tuple(steps)}")
-    ranges: tuple[tuple[str, float, float, float], ...] = (
-        ("seed", seed, 0, EVALUATION_SEED // SEED_STRIDE - 1),
-        ("noise", noise, 0, 1),
-        ("test_fraction", test_fraction, 0, 0.5),
-        ("workers", workers, 1, 1024),
-    )
-    for name, value, low, high in ranges:
-        if not low <= value <= high:
-            raise InputError(f"{name}: expected {low} to {high}, got {value!r}")
-    counts = list(steps) * (len(scenarios) if len(steps) == 1 else 1)
-    return dict(zip(scenarios, counts, strict=True))
+    names = check_names("scenarios", scenarios, SCENARIOS)
+    check_number("seed", seed, 0, EVALUATION_SEED // SEED_STRIDE - 1, integer=True)
+    check_number("noise", noise, 0, 1)
+    check_number("test_fraction", test_fraction, 0, 0.5)
+    check_number("workers", workers, 1, MAX_WORKERS, integer=True)
+    counts = check_integers("steps", steps, 1, MAX_STEPS)
+    if len(counts) not in (1, len(names)):
+        raise InputError(f"steps: expected 1 or {len(names)} numbers, got {shown(counts)}")
+    return dict(zip(names, counts * (len(names) if len(counts) == 1 else 1), strict=True))
 
 
 class _Players:
@@ -145,15 +146,19 @@ class _Players:
         if self._workers == 1:
             self._here = _Seat()
         else:
+            check_start()  # one sentence here, before processes are started
             # Spawned, not forked: a fork of a process in which torch has started threads may hang.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_sit_down)
+            self._pool = ProcessPoolExecutor(self._workers, context, _sit_down, (os.getpid(),))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._here is not None:
             self._here.close()
         if self._pool is not None:
+            if kind is not None:  # nobody wants the episodes that are being played, so nobody waits for them
+                for process in list(self._pool._processes.values()):
+                    process.kill()
             self._pool.shutdown(cancel_futures=True)
 
     def play(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Played]]:
@@ -166,7 +171,7 @@ class _Players:
         waiting: deque[tuple[_Job, Future[Played]]] = deque()
         try:
             for job in jobs:
-                waiting.append((job, self._pool.submit(_play_seated, job)))
+                waiting.append((job, self._submit(job)))
                 if len(waiting) > 2 * self._workers:
                     first, result = waiting.popleft()
                     yield first, result.result()
@@ -175,6 +180,15 @@ class _Players:
         finally:
             for _, result in waiting:
                 result.cancel()
+
+    def _submit(self, job: _Job) -> Future[Played]:
+        """Hand out a job. The process that this may start never sees Ctrl-C: it is for the one that waits for it."""
+        assert self._pool is not None
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        try:
+            return self._pool.submit(_play_seated, job)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Seat:
@@ -200,9 +214,11 @@ class _Seat:
 _play_here: Callable[[_Job], Played] | None = None
 
 
-def _sit_down() -> None:
-    """Set up a playing process; its game is closed when the process ends."""
+def _sit_down(parent: int) -> None:
+    """Set up a playing process, which ends with its parent; its game is closed when the process ends."""
     global _play_here
+    end_with_parent(parent)
+    skip_trial()  # the parent has tried, and sees it if this process dies
     seat = _Seat()
     _play_here = seat.play
     multiprocessing.util.Finalize(None, seat.close, exitpriority=10)

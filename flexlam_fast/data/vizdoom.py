@@ -6,6 +6,9 @@ scenario lacks does nothing there.
 
 from __future__ import annotations
 
+import os
+import weakref
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -13,8 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexlam_fast.data.extras import need
-from flexlam_fast.errors import InputError, SimulatorError
+from flexlam_fast.data.game import (
+    WAD,
+    check_start,
+    game_folder,
+    in_folder,
+    install_path,
+    load_vizdoom,
+    write_launcher,
+)
+from flexlam_fast.errors import FlexLAMError, InputError, SimulatorError
 from flexlam_fast.types import VIZDOOM_ACTIONS
+from flexlam_fast.values import check_number
 
 #: Scenario name -> gymnasium id.
 SCENARIOS = {
@@ -88,6 +101,9 @@ class DoomEnv:
         self.scenario = scenario
         self.oracle = oracle
         self._env = _make(scenario, oracle)
+        self._folder = ExitStack()
+        #: Also for an environment that nobody closes: at the latest when the interpreter ends.
+        self._finish = weakref.finalize(self, _finish, self._env, self._folder)
         self._local = self._local_actions()
         self._frame: Frame | None = None
         self._walls: tuple[Wall, ...] = ()
@@ -118,9 +134,20 @@ class DoomEnv:
         return _world(raw, self._walls)
 
     def reset(self, seed: int) -> Frame:
-        """Start the episode that ``seed`` names and return its first frame, uint8 ``[64,64,3]``."""
+        """Start the episode that ``seed`` names and return its first frame, uint8 ``[64,64,3]``.
+
+        The first call starts the game, and so does one after ``close`` or after the game broke off.
+
+        Raises:
+            InputError: for a seed that is no integer of 0 or more.
+            SimulatorError: the game does not start.
+            StorageError: there is no room for the game's temporary files.
+        """
+        seed = int(check_number("seed", seed, 0, 2**63 - 1, integer=True))
         try:
-            observation, _ = self._env.reset(seed=int(seed))
+            observation, _ = self._env.reset(seed=seed) if self._env.unwrapped.game.is_running() else self._start(seed)
+        except FlexLAMError:
+            raise
         except Exception as error:  # vizdoom raises many types, all of them meaning that the game does not run
             raise SimulatorError(f"vizdoom: {self.scenario} does not start: {_first_line(error)}") from error
         self._frame = _shrink(observation["screen"])
@@ -156,9 +183,19 @@ class DoomEnv:
             self._frame = _shrink(observation["screen"])
         return Step(self._frame, float(reward), self._done)
 
+    def _start(self, seed: int) -> Any:
+        """Start the game's process, which works in a private folder and ends with this one."""
+        self._folder.close()
+        check_start()
+        folder = self._folder.enter_context(game_folder())
+        game = self._env.unwrapped.game
+        game.set_vizdoom_path(str(write_launcher(folder, os.getpid())))
+        game.set_doom_game_path(install_path(WAD))
+        return in_folder(folder, lambda: self._env.reset(seed=seed))
+
     def close(self) -> None:
         """End the game's process; calling it twice is fine."""
-        self._env.close()
+        _finish(self._env, self._folder)
         self._done = True
 
     def __enter__(self) -> Self:
@@ -180,14 +217,15 @@ class DoomEnv:
         return {joint: local for local, joint in enumerate(self._joint)}
 
 
-def _make(scenario: str, oracle: bool) -> Any:
+def _finish(env: Any, folder: ExitStack) -> None:
     try:
-        import gymnasium
-        import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the ids)
-    except ImportError as error:
-        raise SimulatorError(
-            f'vizdoom: {error.name or "vizdoom"} is not installed; pip install "flexlam_fast[demo]"'
-        ) from error
+        env.close()
+    finally:
+        folder.close()
+
+
+def _make(scenario: str, oracle: bool) -> Any:
+    gymnasium = load_vizdoom()
     options: dict[str, Any] = {"screen_resolution": "RES_160X120", "screen_format": "RGB24"}
     if oracle:
         options |= {"objects_info_enabled": True, "sectors_info_enabled": True}
