@@ -58,7 +58,9 @@ def find_nvcc() -> tuple[Path | None, str]:
     found = next((path for place in places if place and (path := shutil.which(place))), None)
     if found is None:
         return None, "nvcc was not found"
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    told = subprocess.run(
+        [found, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
     version = re.search(r"release (\d+)\.(\d+)", told)
     if version is None or int(version[1]) < 12:
         return None, f"sm_90a needs nvcc 12 or later, {found} is {version[0] if version else 'of no known version'}"
@@ -95,7 +97,7 @@ class CMakeBuild(build_ext):
     def _drop_foreign_cache(folder: Path) -> None:
         """CMake refuses a build folder that was made for a source folder elsewhere."""
         cache = folder / "CMakeCache.txt"
-        if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):
             shutil.rmtree(folder)
 
     @staticmethod

@@ -78,7 +78,10 @@ def device_name(device: torch.device) -> str:
     model = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((x.split(":", 1)[1] for x in info.read_text().splitlines() if x.startswith("model name")), model)
+        model = next(
+            (x.split(":", 1)[1] for x in info.read_text(encoding="utf-8").splitlines() if x.startswith("model name")),
+            model,
+        )
     model = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*", " ", model)
     return f"cpu-{torch.get_num_threads()}x-{slug(model)}"
 

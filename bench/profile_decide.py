@@ -40,7 +40,7 @@ def record(act: Act, calls: int, device: torch.device, keep: Path | None = None)
     with tempfile.TemporaryDirectory() as folder:
         path = keep or Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
+        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def timed(act: Act, calls: int) -> float:

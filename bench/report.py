@@ -69,8 +69,10 @@ def bench_tables(reports: Sequence[dict[str, Any]], plots: str) -> str:
 def render(text: str, reports: Sequence[dict[str, Any]], plots: str) -> str:
     """Return the README with every marked block filled from its source."""
     blocks = {
-        "rollout": "\n\n".join(path.read_text().strip() for path in sorted(SHIPPED.glob("*/rollout.md"))),
-        "reconstruct": (SHIPPED / "reconstruct.md").read_text(),
+        "rollout": "\n\n".join(
+            path.read_text(encoding="utf-8").strip() for path in sorted(SHIPPED.glob("*/rollout.md"))
+        ),
+        "reconstruct": (SHIPPED / "reconstruct.md").read_text(encoding="utf-8"),
         "bench": bench_tables(reports, plots),
     }
     for name, body in blocks.items():

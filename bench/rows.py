@@ -135,5 +135,5 @@ def commit() -> str:
     if told := os.environ.get("FLEXLAM_COMMIT"):  # for a copy of the tree without its history
         return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -35,7 +35,7 @@ def held() -> int:
     """Resident bytes of this process, after handing back what nobody uses."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def soak(cfg: FlexLAMConfig, decisions: int, capacity: int, seed: int) -> Soaked:

@@ -5,8 +5,11 @@ Each command is a function with typed arguments, imported when it is called: hel
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexlam_fast.errors import FlexLAMError, InputError
+from flexlam_fast.terminal import check_streams, guarded_output, say
 
 PROGRAM = "flexlam-fast"
 
@@ -157,22 +161,76 @@ def reconstruct(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; ends the process with 0, 2 for a mistake that one sentence explains, 130 for Ctrl-C.
+    """Run a command; returns when it went well, and otherwise ends the process with the status that says how.
 
-    SIGTERM ends it with 143, after what is open has been closed: games would live on without their player.
+    2 for a mistake that one sentence explains, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of the output is
+    gone. SIGTERM ends it after what is open has been closed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        _run(given)
-    except FlexLAMError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        status = _status(given)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if status:
+        raise SystemExit(status)
+
+
+def _status(given: list[str]) -> int:
+    """Run a command and return the process's exit status, which is 0 only if all output was written."""
+    try:
+        check_streams()
+        with guarded_output() as output:
+            try:
+                status = _outcome(given)
+                sys.stdout.flush()
+            except OSError:
+                status = 0
+                if output.stdout.error is None and output.stderr.error is None:
+                    raise
+            lost = output.lost()
+        if isinstance(lost, FlexLAMError):
+            raise lost
+        return status or lost or 0
+    except FlexLAMError as error:
+        say(f"{PROGRAM}: {error}")
+        return error.exit_status
+
+
+def _outcome(given: list[str]) -> int:
+    try:
+        _leave_lost_directory()
+        _run(given)
+    except FlexLAMError as error:
+        say(f"{PROGRAM}: {error}")
+        return error.exit_status
+    except KeyboardInterrupt:
+        say(f"\n{PROGRAM}: stopped")
+        return 128 + signal.SIGINT
+    except SystemExit as stop:  # of the parser of arguments, or of SIGTERM
+        if isinstance(stop.code, str):
+            say(stop.code)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        say(f"{PROGRAM}: memory: expected enough for this command, got: {' '.join(str(error).split())[:200]}")
+        return 2
+    return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch says it by a subclass of RuntimeError for a GPU, and by the text of one for the CPU."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _leave_lost_directory() -> None:
+    """Go where nothing can be written if the working directory is gone, in which torch and ViZDoom do not even load."""
+    try:
+        os.getcwd()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.chdir("/proc")
 
 
 def _terminate(number: int, _: object) -> None:
@@ -180,6 +238,9 @@ def _terminate(number: int, _: object) -> None:
 
 
 def _run(given: list[str]) -> None:
+    for word in given:  # the empty path would mean the working directory
+        if not word or re.fullmatch(r"--[\w-]+=", word) or "\0" in word:
+            raise InputError(f"arguments: expected none that is empty or holds a NUL byte, got {word!r}")
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
     elif given[0] == "--version":

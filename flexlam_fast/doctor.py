@@ -146,7 +146,7 @@ def _plain(value: Any) -> Any:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -195,7 +195,8 @@ def _tool(name: str, programs: tuple[str, ...]) -> Fact:
     if path is None:
         return Fact(name, False, f"not found ({' or '.join(programs)} on the PATH)")
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        how: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 20}
+        done = subprocess.run([path, "--version"], check=True, **how)
     except (OSError, subprocess.SubprocessError) as error:
         return Fact(name, False, f"{path} does not run: {error}")
     lines = [line.strip() for line in done.stdout.splitlines() if any(letter.isdigit() for letter in line)]

@@ -9,6 +9,9 @@ from __future__ import annotations
 class FlexLAMError(Exception):
     """Base of every deliberate error; catching it catches all of them and nothing else."""
 
+    #: What a command that ends with this error returns to the shell.
+    exit_status = 2
+
 
 class ConfigError(FlexLAMError, ValueError):
     """A configuration that no model can be built from."""

@@ -57,6 +57,27 @@ def test_no_pickle_and_no_environment_variable_selects_code(path: Path) -> None:
         assert not re.search(r"\bos\.(environ|getenv)\b", text)
 
 
+def calls_that_follow_the_locale(path: Path) -> list[str]:
+    """Calls that read or write text in whatever encoding the user's locale has, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg for keyword in node.keywords}
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and re.fullmatch("[rwxabt+]+", str(a.value))]
+        text = name in ("read_text", "write_text") or (name == "open" and isinstance(node.func, ast.Name))
+        text |= name in ("open", "fdopen") and bool(modes)
+        if (text and not any("b" in str(mode) for mode in modes)) or {"text", "universal_newlines"} & given:
+            found += [f"line {node.lineno}: {name}"] if "encoding" not in given else []
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "bench").rglob("*.py"))], ids=source_id)
+def test_no_file_is_read_or_written_in_the_locales_encoding(path: Path) -> None:
+    assert calls_that_follow_the_locale(path) == []
+
+
 def test_no_file_names_a_place_on_one_machine() -> None:
     suffixes = {".py", ".pyi", ".toml", ".md", ".txt", ".cpp", ".h", ".sh", ".in", ".json", ""}
     folders = (".ci", "bench", "csrc", "docs", "flexlam_fast", "kernels", "tests")

@@ -33,7 +33,7 @@ ROWS = (
         "accelerate",
     ),
     ("data", "train", "evaluate", "report", "testing", "doctor"),
-    ("cli", "__main__"),
+    ("terminal", "cli", "__main__"),
 )
 RANK = {unit: rank for rank, row in enumerate(ROWS) for unit in row}
 

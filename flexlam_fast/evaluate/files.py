@@ -26,6 +26,6 @@ def write(path: Path, content: str | bytes) -> None:
         StorageError: naming the file that could not be written.
     """
     try:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise StorageError(f"{path}: expected to write it, got: {error.strerror or error}") from error

@@ -35,6 +35,8 @@ TRAINER = "trainer.json"
 class Interrupted(FlexLAMError, RuntimeError):
     """The run was told to end (SIGTERM) and saved its state first."""
 
+    exit_status = 128 + signal.SIGTERM
+
 
 class Stage(Protocol):
     """What one stage of training provides; everything random in it is a function of (seed, step, sample)."""
