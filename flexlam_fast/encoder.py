@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +105,10 @@ class NativeEncoder:
         self.encoder = encoder
         self._engine: TransformerEngine | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy makes an engine of its own encoder when it first runs."""
+        return type(self), (self.encoder,)
+
     def __call__(self, now: Tensor, following: Tensor) -> Tensor:
         """As :class:`Encoder`."""
         encoder = self.encoder
@@ -123,7 +129,6 @@ class NativeEncoder:
             return None
         layers = [block.tensors() for block in encoder.blocks if isinstance(block, EncoderBlock)]
         ends = [encoder.norm.weight.detach(), encoder.norm.bias.detach()]
-        old, new = self._engine, [t for layer in layers for t in layer] + ends
-        if old is None or any(a.data_ptr() != b.data_ptr() for a, b in zip(old.tensors, new, strict=True)):
+        if self._engine is None or not self._engine.reads([t for layer in layers for t in layer] + ends):
             self._engine = TransformerEngine(layers, ends, encoder.heads, encoder.norm.eps)
         return self._engine

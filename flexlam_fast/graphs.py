@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class GraphedLoop:
         self.captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
         self.done = torch.cuda.Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Graphs belong to the memory they were captured with: a copy captures its own."""
+        return type(self), (self.loop,)
 
     def decide(self, key: tuple[object, ...], decide: Decide, frames: Tensor, sessions: list[int]) -> Outcome:
         """Replay the graph of ``key``, after capturing it if it is new.

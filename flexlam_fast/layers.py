@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,14 @@ class Linear(nn.Linear):
     """
 
     backend = REFERENCE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a weight that is a part of a larger matrix, as ``sequence.layers.pack`` leaves it, a copy has no rest."""
+        state, weight = {**super().__getstate__()}, self.weight
+        if weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():
+            own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            state["_parameters"] = {**self._parameters, "weight": own}
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I]`` to ``[..., O]``."""

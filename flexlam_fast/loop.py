@@ -6,6 +6,7 @@ so that one decision can be captured as one CUDA graph (``graphs.py``).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ class Stages(NamedTuple):
         """Whether a decision on a GPU may be captured as one CUDA graph."""
         return isinstance(self.runner, Fused) or (isinstance(self.runner, CudaBlock) and self.runner.capturable)
 
+    def twin(self) -> Stages:
+        """The same modules with runners of their own: those keep memory from call to call, for one thread at a time."""
+        return Stages(self.lam, copy.copy(self.runner), self.translator, copy.copy(self.fused), copy.copy(self.encoder))
+
     def refresh(self) -> None:
         """Take in what has been written into weights since the last decision."""
         if self.fused is not None:
@@ -117,6 +122,7 @@ def stages_of(
 class DecisionLoop:
     """The sessions of one pool: their cache, previous actions, latest frames, and the state of what is drawn."""
 
+    @torch.inference_mode(False)  # so that decisions in and out of inference mode may write it
     def __init__(
         self, cfg: FlexLAMConfig, capacity: int, device: torch.device, dtype: torch.dtype, pages: torch.dtype, seed: int
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from flexlam_fast.checks import check_tensor
 from flexlam_fast.config import FlexLAMConfig, TranslatorConfig, check_config
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import init_linear
-from flexlam_fast.ops.translate import pack_translator, translate
+from flexlam_fast.ops.translate import TranslatorWeights, pack_translator, translate
 from flexlam_fast.types import Actions
 
 
@@ -87,15 +87,19 @@ class PackedTranslator:
 
     def __init__(self, translator: Translator, levels: tuple[int, ...], slots: int, backend: str) -> None:
         self.translator, self.levels, self.slots, self.backend = translator, levels, slots, backend
-        self.weights = pack_translator(translator.state_dict())
+        self.weights = self._pack()
         self.stamp = self._stamp()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs the translator of the copy."""
+        return type(self), (self.translator, self.levels, self.slots, self.backend)
 
     def refresh(self) -> None:
         """Copy the translator's weights again if they were written since the last time."""
         stamp = self._stamp()
-        if stamp != self.stamp:
+        if stamp is None or stamp != self.stamp:
             with torch.no_grad():
-                for ours, new in zip(self.weights, pack_translator(self.translator.state_dict()), strict=True):
+                for ours, new in zip(self.weights, self._pack(), strict=True):
                     ours.copy_(new)
             self.stamp = stamp
 
@@ -104,8 +108,17 @@ class PackedTranslator:
         out = translate(codes, k, self.levels, null, previous, self.weights, slots=self.slots, backend=self.backend)
         return self.translator.split(out)
 
-    def _stamp(self) -> list[int]:
-        return [p._version for p in self.translator.parameters()]
+    @torch.inference_mode(False)  # so that they can be written again outside of inference mode
+    @torch.no_grad()
+    def _pack(self) -> TranslatorWeights:
+        return pack_translator(self.translator.state_dict())
+
+    def _stamp(self) -> list[tuple[int, int]] | None:
+        """What changes with the translator's weights; None for weights made in inference mode, which count nothing."""
+        weights = list(self.translator.parameters())
+        if any(p.is_inference() for p in weights):
+            return None
+        return [(p.data_ptr(), p._version) for p in weights]
 
 
 def translator_loss(out: TranslatorOutput, target: Actions) -> Tensor:

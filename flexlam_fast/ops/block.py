@@ -6,7 +6,7 @@ Gumbel-max, embedded, and passed through all layers over the session's pages for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,7 +102,8 @@ class BlockEngine:
             if tensor.dtype != kind or not tensor.is_cpu or not tensor.is_contiguous() or kind not in TYPES:
                 check_tensor("weights", tensor, list(tensor.shape), FLOATS[:3], torch.device("cpu"))
                 raise InputError(f"weights: expected contiguous ones of {kind}, got {tensor.dtype}")
-        self.weights, first = weights, weights.layers[0]
+        self.weights, self.theta, self.eps, first = weights, theta, eps, weights.layers[0]
+        self.addresses = [tensor.data_ptr() for tensor in weights.all()]
         hidden, dim = first.norm1.shape[0], first.q_norm.shape[0]
         heads = first.out.shape[1] // dim
         kv_heads = (first.qkv.shape[0] // dim - heads) // 2
@@ -113,6 +114,14 @@ class BlockEngine:
             addresses, *(0 if t is None else t.data_ptr() for t in others), hidden, first.down.shape[1], heads,
             kv_heads, dim, self.codes, 0 if weights.place is None else len(weights.place), theta, eps, TYPES[kind],
         )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads the weights of the copy: the C++ object, which holds addresses, is made anew."""
+        return type(self), (self.weights, self.theta, self.eps)
+
+    def reads(self, weights: ModelTensors) -> bool:
+        """Whether ``weights`` are where this engine reads; memory that is shared with another process moves."""
+        return [tensor.data_ptr() for tensor in weights.all()] == self.addresses
 
     def takes(self, tokens: int, pages: Tensor) -> bool:
         """Whether :meth:`append` takes so many tokens over such pages: bf16, sizes of whole 32s, and AMX here."""

@@ -6,6 +6,8 @@ between. Tested in an emulation on a CPU and compiled for sm_90a; not yet run on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,7 @@ class CudaBlockEngine:
                 where = f"{tensor.dtype} on {tensor.device}"
                 raise InputError(f"weights: expected contiguous ones of one dtype on one CUDA device, got {where}")
         self.weights, self.pages, self.page, self.entries = weights, pages, page, entries
+        self.theta, self.eps, self.addresses = theta, eps, [tensor.data_ptr() for tensor in weights.all()]
         first = weights.layers[0]
         hidden, dim = first.norm1.shape[0], first.q_norm.shape[0]
         heads = first.out.shape[1] // dim
@@ -82,6 +85,14 @@ class CudaBlockEngine:
             raise InputError(str(error)) from None
         except RuntimeError as error:
             raise BackendError(str(error)) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads the weights of the copy: the C++ object, which holds addresses, is made anew."""
+        return type(self), (self.weights, self.theta, self.eps, self.pages, self.page, self.entries)
+
+    def reads(self, weights: ModelTensors) -> bool:
+        """Whether ``weights`` are where this engine reads."""
+        return [tensor.data_ptr() for tensor in weights.all()] == self.addresses
 
     @torch.no_grad()
     def generate(

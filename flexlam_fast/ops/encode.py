@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ class TransformerEngine:
     """
 
     def __init__(self, layers: Sequence[Sequence[Tensor]], norm: Sequence[Tensor], heads: int, eps: float) -> None:
+        self.layers, self.norm, self.heads, self.eps = layers, norm, heads, eps
         self.tensors = [t for layer in layers for t in layer] + list(norm)
+        self.addresses = [t.data_ptr() for t in self.tensors]
         for tensor in self.tensors:
             check_tensor("weights", tensor, list(tensor.shape), torch.bfloat16, torch.device("cpu"))
             if not tensor.is_contiguous():
@@ -38,6 +41,14 @@ class TransformerEngine:
         ends = [t.data_ptr() for t in norm]
         self.width, inner = norm[0].shape[0], layers[0][8].shape[0]
         self._engine = compiled(NATIVE).EncoderEngine(addresses, *ends, self.width, heads, inner, eps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads the weights of the copy: the C++ object, which holds addresses, is made anew."""
+        return type(self), (self.layers, self.norm, self.heads, self.eps)
+
+    def reads(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` are where this engine reads; memory that is shared with another process moves."""
+        return [t.data_ptr() for t in tensors] == self.addresses
 
     def takes(self, tokens: int) -> bool:
         """Whether so many tokens go through: whole 16s, sizes of whole 32s, and AMX here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ class Fused:
     def __init__(self, model: SequenceModel, backend: str = TRITON) -> None:
         self.model, self.backend = model, backend
         self.layers: list[Layer] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its own model when it first runs."""
+        return type(self), (self.model, self.backend)
 
     def prepare(self, cache: PagedCache, place: Placement) -> FusedStep:
         """Work out what all layers share."""

@@ -6,7 +6,7 @@ keys and values once is all there is to do, and going back to Python in between 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -40,6 +40,10 @@ class Native(PlainChoice):
     def __init__(self, model: SequenceModel) -> None:
         self.model = model
         self.together, self.one = Packed(model), Fused(model, NATIVE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its own model when it first runs."""
+        return type(self), (self.model,)
 
     @property
     def layers(self) -> list[Layer]:
@@ -133,10 +137,6 @@ class NativeBlock(Packed):
         """The engine of the weights as they stand."""
         self.layers = pack(self.model, self.layers)
         weights, seq = tensors_of(self.model, self.layers), self.model.cfg.sequence
-        old = self._engine
-        if old is None or any(
-            a.data_ptr() != b.data_ptr() for a, b in zip(weights.all(), old.weights.all(), strict=True)
-        ):
+        if self._engine is None or not self._engine.reads(weights):
             self._engine = BlockEngine(weights, seq.rope_theta, seq.rms_eps)
-        assert self._engine is not None
         return self._engine

@@ -30,6 +30,10 @@ class CudaBlock(PlainChoice):
         self.layers: list[Layer] = []
         self._engines: list[CudaBlockEngine] = []  # those of before too: a captured graph may go on launching them
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its own model, and makes engines of it, when it first runs."""
+        return type(self), (self.model, self.together)
+
     @property
     def capturable(self) -> bool:
         """Whether a decision this way may be captured in a CUDA graph: with the kernels for which that is usual."""
@@ -74,7 +78,7 @@ class CudaBlock(PlainChoice):
         weights, seq = tensors_of(self.model, self.layers), self.model.cfg.sequence
         pages = cache.k.dtype, cache.page, entries
         for engine in reversed(self._engines):
-            if (engine.pages, engine.page, engine.entries) == pages and _same(weights.all(), engine.weights.all()):
+            if (engine.pages, engine.page, engine.entries) == pages and engine.reads(weights):
                 return engine
         self._engines.append(CudaBlockEngine(weights, seq.rope_theta, seq.rms_eps, *pages))
         return self._engines[-1]
@@ -88,7 +92,3 @@ def cuda_runner(model: SequenceModel, device: torch.device, pages: torch.dtype) 
         return Eager(model)
     triton = any(status.name == TRITON and status.available for status in probe(device))
     return CudaBlock(model, Fused(model) if triton and pages == dtype else Eager(model))
-
-
-def _same(weights: list[Tensor], others: list[Tensor]) -> bool:
-    return all(a.data_ptr() == b.data_ptr() for a, b in zip(weights, others, strict=True))

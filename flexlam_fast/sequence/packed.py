@@ -6,7 +6,7 @@ attention reads a session's reservation in place. Angles, masks and places are w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,10 @@ class Packed(PlainChoice):
         self.model = model
         self.layers: list[Layer] = []
         self.norms: list[Tensor] = []  # of queries and keys, [H + G, D] a layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs its own model when it first runs."""
+        return type(self), (self.model,)
 
     def prepare(self, cache: PagedCache, place: Placement) -> PackedStep:
         """Work out what all layers share."""
