@@ -140,7 +140,10 @@ BAD = [
         lambda: ops.frame_patches(C.now, 5),
         r"^frames: expected frames of whole patches of 5 pixels, got \[2, 8, 12, 3\]$",
     ),
-    (lambda: ops.frame_patches(C.now, 4, dtype=torch.int32), r"^dtype: expected a floating dtype, got torch\.int32$"),
+    (
+        lambda: ops.frame_patches(C.now, 4, dtype=torch.int32),
+        r"^dtype: expected a floating dtype, got dtype torch\.int32$",
+    ),
     (lambda: ops.tubelets(C.now, C.now[:1], 4, 4.0), r"^following: expected \[2,8,12,3\] uint8 cpu, got \[1,8,12,3\]"),
     (
         lambda: ops.flow_patches(*C[:2], C.noise[:, 1:], C.tau, 4),

@@ -255,7 +255,7 @@ def wrong() -> Iterator[tuple[dict[str, Any], str]]:
     yield dict(cos=zeros(5, 8)), r"cos: expected \[4,8\] float32 or float64 cpu, got \[5,8\] float32 cpu"
     yield dict(cos=zeros(1, 4, 8).half()), r"cos: expected \[1,4,8\] float32 or float64 cpu, got \[1,4,8\] float16 cpu"
     yield dict(sin=zeros(4, 4)), r"sin: expected \[4,8\] float32 cpu, got \[4,4\] float32 cpu"
-    yield dict(dtype=torch.int32), r"dtype: expected a floating dtype, got torch.int32"
+    yield dict(dtype=torch.int32), r"dtype: expected float32 or float16 or bfloat16 or float64, got dtype torch.int32"
 
 
 @pytest.mark.parametrize(("changed", "sentence"), list(wrong()), ids=lambda x: "" if isinstance(x, dict) else x[:20])

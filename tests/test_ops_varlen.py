@@ -91,7 +91,7 @@ def test_empty_and_what_is_refused() -> None:
         (dict(starts=starts[:0]), r"starts: expected at least one number, got none"),
         (dict(starts=starts[:2], lengths=(2,)), r"lengths: expected sequences that make up 6 tokens, got list \[2\]"),
         (dict(lengths=(2, 3)), r"lengths: expected sequences that make up 6 tokens, got list \[2, 3\]"),
-        (dict(lengths=(2, 5, -1)), r"lengths: expected sequences that make up 6 tokens, got list \[2, 5, -1\]"),
+        (dict(lengths=(2, 5, -1)), r"lengths: expected an integer in 0..6, got -1"),
         (dict(lengths=(2, 4), longest=3), r"longest: expected at least 4, got 3"),
     ]
     if DEVICE == "cpu":  # where reading starts costs nothing

@@ -139,7 +139,7 @@ def test_codes_drawn_at_a_temperature_repeat_from_the_seed() -> None:
     policy.cfg = dataclasses.replace(policy.cfg, sequence=dataclasses.replace(policy.cfg.sequence, temperature=1.0))
     assert torch.equal(run(0, None), warm)
     for wrong in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=r"^temperature: expected a number of at least 0, got "):
+        with pytest.raises(InputError, match=r"^temperature: expected a finite number of at least 0, got "):
             policy.act(frames[0], K, temperature=wrong)
 
 

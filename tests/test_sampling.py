@@ -50,9 +50,9 @@ def test_the_seed_decides_the_draw_and_zero_is_greedy() -> None:
 
 
 def test_bad_temperatures_get_one_sentence() -> None:
-    with pytest.raises(InputError, match="temperature: expected a number of at least 0, got -1"):
+    with pytest.raises(InputError, match="temperature: expected a finite number of at least 0, got -1"):
         policy(0.0).act(FRAMES[0], 1, temperature=-1)
-    with pytest.raises(InputError, match="temperature: expected a number of at least 0, got 'hot'"):
+    with pytest.raises(InputError, match="temperature: expected a finite number of at least 0, got 'hot'"):
         policy(0.0).act(FRAMES[0], 1, temperature="hot")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="sequence: expected temperature >= 0, got nan"):
         policy(float("nan"))

@@ -118,9 +118,8 @@ class PagedCache:
         """
         # a tensor's elements are tensors
         given = sessions.tolist() if isinstance(sessions, Tensor) and sessions.dim() else sessions
-        chosen = [
-            int(check_number("sessions", s, 0, 2**31, integer=True)) for s in check_list("sessions", given, "integers")
-        ]
+        numbers = check_list("sessions", given, "integers")
+        chosen = [int(check_number("sessions", n, -(2**63), 2**63 - 1, integer=True)) for n in numbers]
         closed = set(self.free)
         wrong = [s for s in chosen if not 0 <= s < self.capacity or s in closed]
         if wrong or len(set(chosen)) < len(chosen):
