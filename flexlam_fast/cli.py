@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flexlam_fast.errors import FlexLAMError, InputError
 from flexlam_fast.terminal import check_streams, guarded_output, say
@@ -80,21 +80,30 @@ def pack(
     fps: float | None = None,
     size: int = 64,
     test_fraction: float = 0.1,
+    on_error: Literal["stop", "skip"] = "stop",
+    strict: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Decode every video below a folder and write it as an episode without actions.
+
+    Pictures are turned, mirrored, stretched and deinterlaced as the files say. Of a damaged video the undamaged frames
+    are packed, as one episode before and one after what is missing, and a warning tells the numbers. A pack that was
+    stopped, however it was, goes on where it was when the same command is given again.
 
     Args:
         videos: the folder, searched through all its subfolders.
         output: the directory to make.
         fps: frames per second to keep; left out, all.
-        size: side of the square frames in pixels.
-        test_fraction: share of the videos that form the test split.
+        size: side of the square frames in pixels, 1 to 4096.
+        test_fraction: share of the videos that form the test split, 0 to 0.5.
+        on_error: what to do at a video that cannot be opened or gives fewer than two frames.
+        strict: make every warning about a video an error.
         overwrite: replace a data set that is there.
     """
     from flexlam_fast.data.video import pack as run
 
-    _told(run(videos, output, fps=fps, size=size, test_fraction=test_fraction, overwrite=overwrite))
+    options: dict[str, Any] = {"on_error": on_error, "strict": strict, "overwrite": overwrite}
+    _told(run(videos, output, fps=fps, size=size, test_fraction=test_fraction, **options))
 
 
 def play(
@@ -279,5 +288,7 @@ def _overview() -> str:
 
 def _told(store: Any) -> None:
     """Say what a finished data set holds."""
+    from flexlam_fast.data.names import shown
+
     counts = [f"{len(store.transitions(split))} {split} transitions" for split in ("train", "test")]
-    print(f"{store.path}: {len(store.episodes)} episodes, {', '.join(counts)}, tasks {', '.join(store.tasks)}")
+    print(f"{shown(store.path)}: {len(store.episodes)} episodes, {', '.join(counts)}, tasks {', '.join(store.tasks)}")

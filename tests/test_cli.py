@@ -76,7 +76,7 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
         (["rollout", "--device", "warp"], "device: expected one that this machine has, got 'warp'"),
         (["reconstruct", "--checkpoint", "nope", "--data", "x"], "nope: expected a directory or one of"),
         (["collect", "--output", "x", "--scenarios", "doom"], "scenarios: expected some of"),
-        (["pack", "--videos", "x", "--output", "y", "--size", "0"], "pack: expected size >= 1"),
+        (["pack", "--videos", "x", "--output", "y", "--size", "0"], "size: expected an integer in 1..4096, got 0"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,34 @@ def test_folders_without_videos(tmp_path: Path) -> None:
         pack(tmp_path / "in", tmp_path / "out", progress=False)
     with pytest.raises(DataError, match="nowhere: expected a folder of videos, got nothing"):
         pack(tmp_path / "nowhere", tmp_path / "out", progress=False)
-    with pytest.raises(InputError, match="pack: expected size"):
-        pack(tmp_path / "in", tmp_path / "out", fps=0.0, progress=False)
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        *(
+            ({"size": bad}, "size: expected an integer in 1")
+            for bad in (0, -1, 10**9, 64.0, float("nan"), True, "64", None)
+        ),
+        *(({"fps": bad}, "fps: expected a number above 0") for bad in (0, -1.6, float("nan"), float("inf"), True, "5")),
+        *(({"fps": bad}, "fps: expected a number above 0") for bad in (1e308, 10**400, 1 + 0j)),
+        *(({"test_fraction": bad}, "test_fraction: expected a number in 0") for bad in (-0.1, 0.6, float("nan"), None)),
+        *(({"on_error": bad}, "on_error: expected one of") for bad in ("ignore", None, ["stop"])),
+        *(({"videos": bad}, "videos: expected a path") for bad in ("", None, 5)),
+        *(({"output": bad}, "output: expected a path") for bad in ("", None, "a\0b")),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_read(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    given = {"videos": tmp_path / "in", "output": tmp_path / "out", "progress": False} | change
+    with pytest.raises(InputError, match=sentence) as caught:
+        pack(**given)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_numbers_of_numpy_and_paths_as_text(tmp_path: Path) -> None:
+    encode(tmp_path / "in" / "a.mkv", 4)
+    options: dict[str, Any] = {"size": np.int64(16), "fps": np.float32(5), "test_fraction": np.float64(0.1)}
+    store = pack(str(tmp_path / "in"), str(tmp_path / "out"), progress=False, **options)
+    assert (store.num_frames, store.frame_shape) == (2, (16, 16, 3))

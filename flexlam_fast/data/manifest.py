@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexlam_fast.data.names import shown
 from flexlam_fast.errors import DataError
 
 FORMAT = "flexlam-episodes"
@@ -91,19 +92,19 @@ def load(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: expected the manifest of a data set, got {error.strerror or error}") from error
+        raise DataError(f"{shown(path)}: expected the manifest of a data set, got {error.strerror or error}") from error
     except ValueError as error:
-        raise DataError(f"{path}: expected JSON, got a damaged file ({error})") from error
+        raise DataError(f"{shown(path)}: expected JSON, got a damaged file ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path}: expected the manifest of a {FORMAT} data set, got another file")
+        raise DataError(f"{shown(path)}: expected the manifest of a {FORMAT} data set, got another file")
     if content.get("version") != VERSION:
-        raise DataError(f"{path}: expected version {VERSION}, got {content.get('version')!r}")
+        raise DataError(f"{shown(path)}: expected version {VERSION}, got {content.get('version')!r}")
     try:
         manifest = _manifest(content)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: expected a complete manifest, got a damaged one ({error!r})") from error
+        raise DataError(f"{shown(path)}: expected a complete manifest, got a damaged one ({error!r})") from error
     if content.get("checksum") != fingerprint(manifest):
-        raise DataError(f"{path}: expected the checksum of its own content, got another; the file is damaged")
+        raise DataError(f"{shown(path)}: expected the checksum of its own content, got another; the file is damaged")
     return manifest
 
 

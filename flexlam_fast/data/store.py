@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexlam_fast.data import manifest as layout
+from flexlam_fast.data.arguments import as_array, brief, check_path
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.manifest import SPLITS, Episode, FileRecord, Manifest
+from flexlam_fast.data.names import shown
 from flexlam_fast.data.writer import EpisodeWriter
 from flexlam_fast.errors import DataError, InputError
 
@@ -67,9 +68,10 @@ class EpisodeStore:
         """Open a data set; sizes and small files are checked in full, frames by :meth:`verify`.
 
         Raises:
+            InputError: if ``path`` is no path.
             DataError: naming the file that is missing, truncated or damaged, and how.
         """
-        directory = Path(path)
+        directory = check_path("path", path)
         manifest = layout.load(directory)
         episodes = _read_episodes(directory, manifest)
         shards, steps = [], []
@@ -79,7 +81,7 @@ class EpisodeStore:
         table = {n: np.concatenate([s[n] for s in steps]) for n in ("episode", "action", "reward")}
         owners = np.repeat(np.arange(len(episodes)), [e.frames for e in episodes])
         if not np.array_equal(table["episode"], owners):
-            raise DataError(f"{directory}: expected steps of the episodes listed, got those of others")
+            raise DataError(f"{shown(directory)}: expected steps of the episodes listed, got those of others")
         actions, rewards = table["action"].astype(np.int64), table["reward"].astype(np.float32)
         return cls(directory, manifest, episodes, shards, actions, rewards)
 
@@ -95,11 +97,14 @@ class EpisodeStore:
         Raises:
             InputError: for an index outside ``0 .. num_frames - 1``.
         """
-        wanted = np.asarray(indices)
+        wanted = as_array("indices", indices)
         flat = wanted.reshape(-1)
-        low, high = (flat.min(), flat.max()) if flat.size else (0, 0)
-        if not (np.issubdtype(flat.dtype, np.integer) or not flat.size) or low < 0 or high >= self.num_frames:
+        if flat.size and not np.issubdtype(flat.dtype, np.integer):
+            raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {brief(indices)}")
+        low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
+        if low < 0 or high >= self.num_frames:
             raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {low}..{high}")
+        flat = flat.astype(np.int64, copy=False)
         out = np.empty((flat.size, *self.frame_shape), dtype=np.uint8)
         owner = np.searchsorted(self._starts, flat, side="right") - 1
         for number, shard in enumerate(self._shards):
@@ -124,12 +129,16 @@ class EpisodeStore:
         Raises:
             InputError: for an unknown split or task.
         """
-        if split not in SPLITS:
-            raise InputError(f"split: expected one of {SPLITS}, got {split!r}")
-        unknown = sorted(set(tasks or ()) - set(self.tasks))
-        if unknown or isinstance(tasks, str):
-            raise InputError(f"tasks: expected some of {self.tasks}, got {tasks!r}")
-        chosen = [e for e in self.episodes if e.split == split and (tasks is None or e.task in tasks)]
+        if not isinstance(split, str) or split not in SPLITS:
+            raise InputError(f"split: expected one of {SPLITS}, got {brief(split)}")
+        wanted = self.tasks if tasks is None else tuple(tasks) if isinstance(tasks, Iterable) else ()
+        if (
+            not wanted
+            or isinstance(tasks, (str, bytes))
+            or not all(isinstance(t, str) and t in self.tasks for t in wanted)
+        ):
+            raise InputError(f"tasks: expected some of {self.tasks}, got {brief(tasks)}")
+        chosen = [e for e in self.episodes if e.split == split and e.task in wanted]
         ranges = [np.arange(e.first, e.first + e.frames - 1, dtype=np.int64) for e in chosen]
         return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
@@ -143,16 +152,18 @@ class EpisodeStore:
             path = self.path / shard.frames.name
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard.frames.sha256:
-                    raise DataError(f"{path}: expected the frames that were written, got other bytes (sha256 differs)")
+                    raise DataError(
+                        f"{shown(path)}: expected the frames that were written, got other bytes (sha256 differs)"
+                    )
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: expected {record.bytes} bytes, got {error.strerror or error}") from error
+        raise DataError(f"{shown(path)}: expected {record.bytes} bytes, got {error.strerror or error}") from error
     if size != record.bytes:
-        raise DataError(f"{path}: expected {record.bytes} bytes, got {size}")
+        raise DataError(f"{shown(path)}: expected {record.bytes} bytes, got {size}")
 
 
 def _map_frames(directory: Path, record: FileRecord, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -161,9 +172,9 @@ def _map_frames(directory: Path, record: FileRecord, shape: tuple[int, ...]) -> 
     try:
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected an array of frames, got a damaged file ({error})") from error
+        raise DataError(f"{shown(path)}: expected an array of frames, got a damaged file ({error})") from error
     if frames.shape != shape or frames.dtype != np.uint8:
-        raise DataError(f"{path}: expected {list(shape)} uint8, got {list(frames.shape)} {frames.dtype}")
+        raise DataError(f"{shown(path)}: expected {list(shape)} uint8, got {list(frames.shape)} {frames.dtype}")
     return np.asarray(frames)
 
 
@@ -171,13 +182,17 @@ def _read_table(directory: Path, record: FileRecord) -> dict[str, NDArray[Any]]:
     pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
     path = directory / record.name
     _check_size(path, record)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise DataError(f"{path}: expected the table that was written, got a damaged file (sha256 differs)")
     try:
-        table = parquet.read_table(io.BytesIO(content))
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{shown(path)}: expected {record.bytes} bytes, got {error.strerror or error}") from error
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise DataError(f"{shown(path)}: expected the table that was written, got a damaged file (sha256 differs)")
+    try:
+        # Without read-ahead and threads: one of pyarrow's that still runs when the interpreter ends aborts the process.
+        table = parquet.ParquetFile(pyarrow.BufferReader(content), pre_buffer=False).read(use_threads=False)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: expected a parquet table, got a damaged file") from error
+        raise DataError(f"{shown(path)}: expected a parquet table, got a damaged file") from error
     return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
@@ -187,5 +202,5 @@ def _read_episodes(directory: Path, manifest: Manifest) -> tuple[Episode, ...]:
     episodes = tuple(Episode(*row) for row in zip(*columns, strict=True))
     frames = sum(e.frames for e in episodes)
     if (len(episodes), frames) != (manifest.num_episodes, manifest.num_frames):
-        raise DataError(f"{directory}: expected {manifest.num_frames} frames, got episodes with {frames}")
+        raise DataError(f"{shown(directory)}: expected {manifest.num_frames} frames, got episodes with {frames}")
     return episodes
