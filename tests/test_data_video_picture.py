@@ -113,6 +113,30 @@ def test_colours_as_flagged(tmp_path: Path, matrix: str, full: bool) -> None:
     np.testing.assert_allclose(packed(tmp_path, 32)[0][0, 16, 16].astype(int), (200, 40, 90), atol=4)
 
 
+def test_high_dynamic_range_as_on_a_usual_screen(tmp_path: Path) -> None:
+    """Diffuse white is 75 % of the signal of HLG (BT.2408), which phones film in; it and all above it become white."""
+
+    def flag(stream: object) -> None:
+        context = stream.codec_context  # type: ignore[attr-defined]
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = 18, 9, 9, 1
+
+    def convert(frame: object) -> object:
+        return frame.reformat(format="yuv420p10le", dst_colorspace=9, dst_color_range=1)  # type: ignore[attr-defined]
+
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32] = round(0.15 * 255)
+    picture[:16, 32:] = round(0.375 * 255)
+    picture[16:, :32] = round(0.77 * 255)
+    picture[16:, 32:] = 255
+    film(tmp_path / "in" / "a.mp4", [picture] * 2, fmt="yuv420p10le", prepare=flag, convert=convert)
+    greys = packed(tmp_path, 32)[0][0].astype(int)
+    assert np.abs(greys - greys.mean(-1, keepdims=True)).max() < 6
+    dark, half, full, light = (greys[y, x].mean() for y, x in ((8, 8), (8, 24), (24, 8), (24, 24)))
+    assert dark < half < full
+    assert min(full, light) > 250
+    assert half < 130
+
+
 def test_interlaced_pictures_show_no_comb(tmp_path: Path) -> None:
     """A bar that moves by 12 pixels between the two fields of a frame; frames do not change in number."""
     pictures = []

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from flexlam_fast.data.decode import Shown, VideoReader
 from flexlam_fast.data.extras import need
 
+#: Numbers of ISO/IEC 23091-2, as FFmpeg has them: the transfers PQ and HLG; primaries; and FFmpeg's of the full range.
+HIGH_RANGE = (16, 18)
+BT709, BT2020 = 1, 9
+FULL_RANGE = 2
 MAX_STRETCH = 16.0  # width of a pixel over its height, or the other way round; beyond it a file is in error
 
 
@@ -19,13 +23,14 @@ class Squares:
     """Cuts frames to uint8 ``[size,size,3]`` RGB.
 
     A frame is scaled so that its shorter side, as shown, is ``size``; then the square in the middle is cut out. Colours
-    are converted as the frame's matrix and range say, and as BT.601 of limited range where it says nothing.
+    are converted as the frame's matrix and range say, and as BT.601 of limited range where it says nothing. HDR (PQ and
+    HLG) is shown as on a BT.709 screen: diffuse white becomes white, what is brighter is cut off.
     """
 
     def __init__(self, size: int) -> None:
-        need("av")
         self._size = size
-        self._scaler = need("av.video.reformatter").VideoReformatter()
+        made = need("av.video.reformatter").VideoReformatter
+        self._scaler, self._screen = made(), made()
 
     def cut(self, frame: Any, pixel_aspect: float) -> NDArray[np.uint8]:
         """Cut the square from a frame whose pixels are ``pixel_aspect`` times as wide as high."""
@@ -33,10 +38,19 @@ class Squares:
         stretch = pixel_aspect if 1 / MAX_STRETCH <= pixel_aspect <= MAX_STRETCH else 1.0
         scale = size / min(frame.width * stretch, frame.height)
         width, height = max(size, round(frame.width * stretch * scale)), max(size, round(frame.height * scale))
-        small = self._scaler.reformat(frame, width, height, "rgb24", interpolation="AREA")
+        high = int(frame.color_trc) in HIGH_RANGE
+        small = self._scaler.reformat(frame, width, height, "rgb48le" if high else "rgb24", interpolation="AREA")
         seen = turned(small.to_ndarray(), display_matrix(frame))
         top, left = (seen.shape[0] - size) // 2, (seen.shape[1] - size) // 2
-        return np.ascontiguousarray(seen[top : top + size, left : left + size])
+        square = np.ascontiguousarray(seen[top : top + size, left : left + size])
+        return self._on_screen(square, frame) if high else square
+
+    def _on_screen(self, square: NDArray[np.uint16], frame: Any) -> NDArray[np.uint8]:
+        """Convert HDR ``[size,size,3]``; FFmpeg takes seconds for the first, since it makes a table for all colours."""
+        high = need("av").VideoFrame.from_ndarray(square, format="rgb48le")
+        high.color_trc, high.color_primaries, high.color_range = frame.color_trc, BT2020, FULL_RANGE
+        shown = self._screen.reformat(high, format="rgb24", dst_color_trc=BT709, dst_color_primaries=BT709)
+        return shown.to_ndarray()
 
 
 def display_matrix(frame: Any) -> NDArray[np.int64]:
@@ -53,7 +67,7 @@ def display_matrix(frame: Any) -> NDArray[np.int64]:
     return np.array([[a, c], [b, d]])
 
 
-def turned(picture: NDArray[np.uint8], matrix: NDArray[np.int64]) -> NDArray[np.uint8]:
+def turned(picture: NDArray[Any], matrix: NDArray[np.int64]) -> NDArray[Any]:
     """Turn and mirror ``[H,W,3]`` by a display matrix, to the nearest quarter turn."""
     (a, c), (b, d) = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):
