@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 
 from flexlam_fast.checks import describe
 from flexlam_fast.errors import BackendError, InputError
+from flexlam_fast.values import shown
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
@@ -125,13 +127,13 @@ def find_device(name: str | torch.device) -> torch.device:
     """
     if isinstance(name, str) and name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(name, str | torch.device):
-        raise InputError(f"device: expected a name such as cpu or cuda:1, got {describe(name)}")
+    wanted = f"device: expected one that this machine has, got {shown(name)}"
+    named_one = isinstance(name, str) and re.fullmatch(r"cpu(:0)?|(?!cpu|meta)[a-z]+(:\d{1,3})?", name)
+    if not named_one and not isinstance(name, torch.device):
+        raise InputError(wanted)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch says "not compiled with CUDA" by an assertion, and everything else by long runtime errors.
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
+    except Exception as error:  # of many types: "not compiled with CUDA" is an assertion, a lacking plugin an import
+        raise InputError(f"{wanted} ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
     return device

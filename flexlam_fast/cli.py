@@ -134,12 +134,19 @@ def play(
         backend: auto, or one by name.
     """
     from flexlam_fast.evaluate.load import load_policy
-    from flexlam_fast.evaluate.rollout import rollout
+    from flexlam_fast.evaluate.rollout import FILES, check_ladder, check_play, rollout, write_table
+    from flexlam_fast.values import check_path, make_folder
 
+    check_play(scenarios, episodes, seed, sessions)
+    check_path("output", output)
     policy = load_policy(checkpoint, device, dtype, backend)
+    check_ladder(policy, budgets)
+    make_folder(output, *FILES)
     print(policy.describe(), flush=True)
-    table = rollout(policy, scenarios, budgets, episodes=episodes, seed=seed, sessions=sessions, output=output)
-    print(f"\n{table.text()}\n\nwritten: {output / 'rollout.json'}, {output / 'rollout.md'}")
+    table = rollout(policy, scenarios, budgets, episodes=episodes, seed=seed, sessions=sessions)
+    print(f"\n{table.text()}\n", flush=True)  # before it is written: a disk may be full by now
+    write_table(table, output)
+    print("written:", ", ".join(str(output / name) for name in FILES))
 
 
 def reconstruct(

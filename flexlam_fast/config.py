@@ -8,28 +8,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from flexlam_fast.checks import check_choice, describe
-from flexlam_fast.errors import ConfigError, InputError
+from flexlam_fast.errors import ConfigError, InputError, StorageError
+from flexlam_fast.fields import as_config_errors, build, check_fields, each_once, integer, real
+from flexlam_fast.values import check_choice, check_integers, check_number, shown
 
 PREFIX_MODES = ("uniform", "full")
+
+
+#: No model that a machine holds has a size above the one, or more layers than the other.
+MAX_SIZE, MAX_DEPTH = 1_000_000, 1000
+
+
+def _size(default: int, low: int = 1, high: int = MAX_SIZE) -> Any:
+    return integer(default, low, high)
 
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ConfigError(sentence)
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{type(owner).__name__}.{name}: expected a positive integer, got {value!r}",
-        )
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,28 @@ class BottleneckConfig:
     """
 
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    slots: int = 64
+    slots: int = _size(64)
     prefix: str | tuple[float, ...] = "uniform"
-    spread: float = 0.0
+    spread: float = real(0.0, 0, 1e6)
 
     def __post_init__(self) -> None:
-        _positive(self, "slots")
-        number = isinstance(self.spread, int | float) and 0 <= self.spread < math.inf
-        _require(number, f"spread: expected a non-negative number, got {self.spread!r}")
-        ok = 1 <= len(self.levels) <= 8 and all(isinstance(n, int) and n >= 2 for n in self.levels)
-        _require(ok, f"levels: expected 1 to 8 integers of at least 2, got {self.levels!r}")
-        _require(math.prod(self.levels) < 2**31, f"levels: expected a codebook below 2^31, got {self.levels!r}")
+        check_fields(self)
+        with as_config_errors():
+            object.__setattr__(self, "levels", check_integers("levels", self.levels, 2, 2**31 - 1))
+        _require(len(self.levels) <= 8, f"levels: expected 1 to 8 integers of at least 2, got {shown(self.levels)}")
+        _require(math.prod(self.levels) < 2**31, f"levels: expected a codebook below 2^31, got {shown(self.levels)}")
         if isinstance(self.prefix, str):
-            _require(self.prefix in PREFIX_MODES, f"prefix: expected one of {PREFIX_MODES}, got {self.prefix!r}")
+            _require(self.prefix in PREFIX_MODES, f"prefix: expected one of {PREFIX_MODES}, got {shown(self.prefix)}")
         else:
-            weights = self.prefix
-            fits = len(weights) == self.slots + 1 and min(weights) >= 0 and 0 < sum(weights) < math.inf
-            _require(fits, f"prefix: expected {self.slots + 1} non-negative weights, got {weights!r}")
+            object.__setattr__(self, "prefix", self._weights(self.prefix))
+
+    def _weights(self, given: object) -> tuple[float, ...]:
+        weights = tuple(given) if isinstance(given, Sequence) else ()
+        with as_config_errors():
+            numbers = tuple(float(check_number("prefix", weight, 0, 1e30)) for weight in weights)
+        fits = len(numbers) == self.slots + 1 and sum(numbers) > 0
+        _require(fits, f"prefix: expected {self.slots + 1} non-negative weights, not all 0, got {shown(given)}")
+        return numbers
 
     @property
     def dim(self) -> int:
@@ -83,15 +89,15 @@ class BottleneckConfig:
 class EncoderConfig:
     """Pre-norm ViT over the tubelet patches of a transition and ``K`` slot queries (paper Table 6)."""
 
-    depth: int = 8
-    width: int = 192
-    heads: int = 3
-    mlp_ratio: int = 4
-    patch: int = 8
-    tubelet: int = 2
+    depth: int = _size(8, high=MAX_DEPTH)
+    width: int = _size(192)
+    heads: int = _size(3)
+    mlp_ratio: int = _size(4)
+    patch: int = _size(8)
+    tubelet: int = _size(2)
 
     def __post_init__(self) -> None:
-        _positive(self, "depth", "width", "heads", "mlp_ratio", "patch", "tubelet")
+        check_fields(self)
         _require(self.width % self.heads == 0, f"encoder: width {self.width} is no multiple of heads {self.heads}")
         _require(self.tubelet == 2, f"encoder: expected tubelet 2 (a transition is two frames), got {self.tubelet}")
 
@@ -107,21 +113,19 @@ class DecoderConfig:
     end of the path, where only the latents know the next frame.
     """
 
-    depth: int = 12
-    heads: int = 3
-    head_dim: int = 64
-    ffn: int = 776
-    patch: int = 4
-    steps: int = 28
+    depth: int = _size(12, high=MAX_DEPTH)
+    heads: int = _size(3)
+    head_dim: int = _size(64)
+    ffn: int = _size(776)
+    patch: int = _size(4)
+    steps: int = _size(28)
     predict: str = "velocity"
-    tau_mean: float = 0.0
+    tau_mean: float = real(0.0, -100, 100)
 
     def __post_init__(self) -> None:
-        _positive(self, "depth", "heads", "head_dim", "ffn", "patch", "steps")
+        check_fields(self)
         kinds = ("velocity", "frame")
-        _require(self.predict in kinds, f"decoder: expected predict in {kinds}, got {self.predict!r}")
-        number = isinstance(self.tau_mean, int | float) and abs(self.tau_mean) < math.inf
-        _require(number, f"decoder.tau_mean: expected a finite number, got {self.tau_mean!r}")
+        _require(self.predict in kinds, f"decoder: expected predict in {kinds}, got {shown(self.predict)}")
 
     @property
     def width(self) -> int:
@@ -140,34 +144,26 @@ class SequenceConfig:
     the likeliest, 1 draws from what the model learned, which keeps a weak imitator out of loops.
     """
 
-    hidden: int = 256
-    intermediate: int = 1024
-    layers: int = 12
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 64
-    rope_theta: float = 1e4
-    rms_eps: float = 1e-6
-    patch: int = 8
-    window: int = 34
-    stride: int = 8
+    hidden: int = _size(256)
+    intermediate: int = _size(1024)
+    layers: int = _size(12, high=MAX_DEPTH)
+    heads: int = _size(4)
+    kv_heads: int = _size(4)
+    head_dim: int = _size(64)
+    rope_theta: float = real(1e4, 0, 1e12, open_low=True)
+    rms_eps: float = real(1e-6, 0, 1, open_low=True)
+    patch: int = _size(8)
+    window: int = _size(34, low=2)
+    stride: int = _size(8)
     places: bool = False
     decisions: str = "last"
-    temperature: float = 0.0
+    temperature: float = real(0.0, 0, 1e6)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         modes = ("last", "all")
-        _require(self.decisions in modes, f"sequence: expected decisions in {modes}, got {self.decisions!r}")
-        _positive(self, "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "patch")
-        _positive(self, "window", "stride")
-        for name in ("rope_theta", "rms_eps"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-            _require(number, f"sequence.{name}: expected a positive number, got {value!r}")
-        _require(isinstance(self.places, bool), f"sequence.places: expected true or false, got {self.places!r}")
-        warm = isinstance(self.temperature, int | float) and 0 <= self.temperature < math.inf
-        _require(warm, f"sequence: expected temperature >= 0, got {self.temperature!r}")
-        _require(self.window >= 2, f"sequence: expected a window of at least 2 frames, got {self.window}")
+        _require(self.decisions in modes, f"sequence: expected decisions in {modes}, got {shown(self.decisions)}")
+        _require(isinstance(self.places, bool), f"sequence.places: expected true or false, got {shown(self.places)}")
         fits = self.heads % self.kv_heads == 0
         _require(fits, f"sequence: heads {self.heads} is no multiple of kv_heads {self.kv_heads}")
         _require(self.head_dim % 2 == 0, f"sequence: expected an even head_dim, got {self.head_dim}")
@@ -181,21 +177,26 @@ class TranslatorConfig:
     continuous ones; ``names`` optionally names the choices of the first discrete dimension.
     """
 
-    depth: int = 5
-    hidden: int = 96
-    wide: int = 512
+    depth: int = _size(5, high=MAX_DEPTH)
+    hidden: int = _size(96)
+    wide: int = _size(512)
     discrete: tuple[int, ...] = (15,)
-    continuous: int = 0
+    continuous: int = _size(0, low=0)
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _positive(self, "depth", "hidden", "wide")
-        whole = isinstance(self.continuous, int) and self.continuous >= 0
-        fits = whole and all(isinstance(n, int) and n >= 2 for n in self.discrete)
-        _require(fits, f"translator: expected choices >= 2 and continuous >= 0, got {self.discrete}, {self.continuous}")
+        check_fields(self)
+        if self.discrete != ():
+            with as_config_errors():
+                choices = check_integers("translator.discrete", self.discrete, 2, MAX_SIZE)
+            object.__setattr__(self, "discrete", choices)
         _require(bool(self.discrete) or self.continuous > 0, "translator: expected at least one action dimension")
-        named = not self.names or (bool(self.discrete) and len(self.names) == self.discrete[0])
-        _require(named, f"translator: expected one name per choice, got {len(self.names)} names")
+        names = tuple(self.names) if isinstance(self.names, list | tuple) else (None,)
+        texts = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        _require(texts, f"translator: expected names that are texts, each once, got {shown(self.names)}")
+        object.__setattr__(self, "names", names)
+        named = not names or (bool(self.discrete) and len(names) == self.discrete[0])
+        _require(named, f"translator: expected one name per choice, got {len(names)} names")
 
     @property
     def action_dim(self) -> int:
@@ -207,8 +208,8 @@ class TranslatorConfig:
 class FlexLAMConfig:
     """The whole model. ``FlexLAMConfig.preset("dmlab")`` has the paper's sizes, ``"tiny"`` ours for two CPU cores."""
 
-    frame: int = 64
-    channels: int = 3
+    frame: int = _size(64)
+    channels: int = _size(3)
     bottleneck: BottleneckConfig = BottleneckConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -216,7 +217,13 @@ class FlexLAMConfig:
     translator: TranslatorConfig = TranslatorConfig()
 
     def __post_init__(self) -> None:
-        _positive(self, "frame", "channels")
+        check_fields(self)
+        for name, kind in get_type_hints(type(self)).items():
+            part = getattr(self, name)
+            if dataclasses.is_dataclass(kind):
+                _require(
+                    type(part) is kind, f"config.{name}: expected {getattr(kind, '__name__', kind)}, got {shown(part)}"
+                )
         for name in ("encoder", "decoder", "sequence"):
             patch = getattr(self, name).patch
             _require(self.frame % patch == 0, f"{name}: frame size {self.frame} is no multiple of patch {patch}")
@@ -243,10 +250,17 @@ class FlexLAMConfig:
         return PRESETS[check_choice("preset", name, sorted(PRESETS), ConfigError)]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the configuration as JSON text, and write it to ``path`` when given."""
+        """Return the configuration as JSON text, and write it to ``path`` when given.
+
+        Raises:
+            StorageError: if it cannot be written there.
+        """
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise StorageError(f"{path}: expected to write it, got: {error.strerror or error}") from error
         return text
 
     @classmethod
@@ -261,29 +275,14 @@ class FlexLAMConfig:
         try:
             if isinstance(source, Path) or not text.lstrip().startswith("{"):
                 text = Path(text).read_text(encoding="utf-8")
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=each_once)
+        except ConfigError:
+            raise
         except OSError as error:
             raise ConfigError(f"config: expected JSON or a file of it, got {error}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"config: expected JSON, got {error}") from error
-        return _build(cls, data, "config")
-
-
-def _build(kind: type, data: Any, where: str) -> Any:
-    _require(isinstance(data, dict), f"{where}: expected an object, got {data!r}")
-    hints = get_type_hints(kind)
-    unknown = sorted(set(data) - set(hints))
-    _require(not unknown, f"{where}: expected fields {sorted(hints)}, got {unknown}")
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, f"{where}.{name}")
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**values)
-    except (TypeError, ArithmeticError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        return build(cls, data, "config")
 
 
 def check_config(cfg: object) -> None:
@@ -293,4 +292,4 @@ def check_config(cfg: object) -> None:
         InputError: ``cfg`` is something else.
     """
     if not isinstance(cfg, FlexLAMConfig):
-        raise InputError(f"cfg: expected a FlexLAMConfig, got {describe(cfg)}")
+        raise InputError(f"cfg: expected a FlexLAMConfig, got {shown(cfg)}")

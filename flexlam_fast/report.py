@@ -22,6 +22,10 @@ STRIP_NOTE = (
 )
 
 
+#: What a report consists of.
+FILES = ("report.json", "report.html", "strip.png")
+
+
 class ReportFiles(NamedTuple):
     """Where a report was written; ``strip`` is None without a film strip."""
 
@@ -45,8 +49,9 @@ def write_report(
         DataError: if matplotlib is not installed.
         StorageError: naming the file that could not be written.
     """
-    make_folder(folder)
-    files = ReportFiles(folder / "report.json", folder / "report.html", folder / "strip.png" if strip else None)
+    make_folder(folder, *FILES)
+    data, page_name, picture = (folder / name for name in FILES)
+    files = ReportFiles(data, page_name, picture if strip else None)
     html = render_html(table, strip, title)
     write(files.json, json.dumps(table.json(), indent=2) + "\n")
     if files.strip is not None and strip is not None:

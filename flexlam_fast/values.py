@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from flexlam_fast.errors import FlexLAMError, InputError
+from flexlam_fast.errors import FlexLAMError, InputError, StorageError
 
 
 def shown(value: object) -> str:
@@ -99,3 +100,26 @@ def check_path(name: str, value: object) -> Path:
     if not isinstance(text, str) or not text or "\0" in text:
         raise InputError(f"{name}: expected a path, got {shown(value)}")
     return Path(text)
+
+
+def make_folder(path: Path, *names: str) -> None:
+    """Make a folder and its parents, and make sure that files can be written there; one that is there already is fine.
+
+    Args:
+        path: the folder.
+        names: of files that will be written there, each of which may be there already.
+
+    Raises:
+        StorageError: if that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        for name in names:
+            if (path / name).exists():
+                with open(path / name, "ab"):
+                    pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: expected a folder to write to, got: {reason}") from error

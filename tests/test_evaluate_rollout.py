@@ -104,9 +104,13 @@ def test_every_scenario_gets_its_own_scores(monkeypatch: pytest.MonkeyPatch) -> 
         ({"budgets": (1, 5)}, BudgetError, r"budgets: expected an integer in 1..4, got 5"),
         ({"budgets": ()}, InputError, "budgets: expected at least one"),
         ({"budgets": (2, 2)}, InputError, "each once"),
-        ({"episodes": 1}, InputError, "episodes: expected 2 to 100000, got 1"),
-        ({"sessions": 0}, InputError, "sessions: expected 1 to 100000, got 0"),
-        ({"seed": 1000}, InputError, "seed: expected 0..999, got 1000"),
+        ({"episodes": 1}, InputError, r"episodes: expected an integer in 2\.\.100000, got 1"),
+        ({"sessions": 0}, InputError, r"sessions: expected an integer in 1\.\.1024, got 0"),
+        ({"seed": 1000}, InputError, r"seed: expected an integer in 0\.\.999, got 1000"),
+        ({"seed": 1.0}, InputError, r"seed: expected an integer in 0\.\.999, got 1.0"),
+        ({"episodes": True}, InputError, r"episodes: expected an integer in 2\.\.100000, got True"),
+        ({"budgets": 3}, InputError, "budgets: expected at least one, each once, got 3"),
+        ({"output": ""}, InputError, "output: expected a path, got ''"),
     ],
 )
 def test_bad_requests_start_nothing(

@@ -64,7 +64,7 @@ def test_evaluation_never_meets_a_collected_seed() -> None:
     assert evaluation_seed(999, SEED_STRIDE - 1) < 2**31
     assert len({evaluation_seed(s, i) for s in (0, 1) for i in range(50)}) == 100
     for wrong in (-1, 1000):
-        with pytest.raises(InputError, match=f"seed: expected 0..999, got {wrong}"):
+        with pytest.raises(InputError, match=f"seed: expected an integer in 0..999, got {wrong}"):
             evaluation_seed(wrong, 0)
 
 

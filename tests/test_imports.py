@@ -14,7 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("encoder", "bottleneck", "decoder", "flow", "translator", "sequence")
 #: From left to right; a file imports its own row and those before it, a stage only those before it.
 ROWS = (
-    ("config", "presets", "types", "values", "checks", "errors", "ambient", "backend", "capture", "manifest", "ranges"),
+    (
+        "config",
+        "presets",
+        "types",
+        "values",
+        "fields",
+        "checks",
+        "errors",
+        "ambient",
+        "backend",
+        "capture",
+        "manifest",
+        "ranges",
+    ),
     ("ops",),
     ("layers",),
     STAGES,

@@ -54,5 +54,5 @@ def test_bad_temperatures_get_one_sentence() -> None:
         policy(0.0).act(FRAMES[0], 1, temperature=-1)
     with pytest.raises(InputError, match="temperature: expected a finite number of at least 0, got 'hot'"):
         policy(0.0).act(FRAMES[0], 1, temperature="hot")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="sequence: expected temperature >= 0, got nan"):
+    with pytest.raises(ConfigError, match="SequenceConfig.temperature: expected a number in .*, got nan"):
         policy(float("nan"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from small import small_config, small_data
 
 from flexlam_fast.checkpoint import load_checkpoint
 from flexlam_fast.data.store import EpisodeStore, EpisodeWriter
-from flexlam_fast.errors import CheckpointError, ConfigError, DataError, FlexLAMError, InputError, StorageError
+from flexlam_fast.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FlexLAMError,
+    InputError,
+    StorageError,
+)
 from flexlam_fast.policy import Policy
 from flexlam_fast.train import commands
 from flexlam_fast.train.codes import encode_dataset
@@ -195,7 +204,17 @@ def test_joint_alignment_moves_the_encoder_and_the_policy_takes_it(run: Path, da
     [
         ({"preset": "huge"}, ConfigError, r"preset: expected one of \['dmlab', 'tiny'\], got 'huge'"),
         ({"device": "cuda:9"}, InputError, "device: expected one that this machine has, got 'cuda:9'"),
-        ({"steps": 0}, ConfigError, "expected positive steps"),
+        ({"steps": 0}, ConfigError, r"steps: expected an integer in 1\.\.1000000000, got 0"),
+        ({"lr": math.nan}, ConfigError, "lr: expected a number above 0, at most 1000, got nan"),
+        ({"batch": True}, ConfigError, r"batch: expected an integer in 1\.\.100000, got True"),
+        (
+            {"seed": 2**63},
+            ConfigError,
+            r"seed: expected an integer in 0\.\.\d{19}, got 9223372036854775808",
+        ),
+        ({"precision": "fp16"}, InputError, "precision: expected one of auto, bf16, fp32, got 'fp16'"),
+        ({"backend": "cuda"}, BackendError, "backend: expected one of"),
+        ({"output": Path("a\0b")}, InputError, "output: expected a path, got PosixPath"),
         ({"prefix": "half"}, ConfigError, "prefix: expected one of"),
         ({"config": None}, DataError, r"expected frames \[64, 64, 3\], got \[16, 16, 3\]"),
         ({"seed": 1}, CheckpointError, "expected a run with seed 1, got 0"),

@@ -94,9 +94,15 @@ def test_one_sentence_for_misuse() -> None:
     with DoomEnv("take_cover") as env:
         with pytest.raises(InputError, match="call reset first"):
             env.step(0)
+        for wrong in (-1, 2**63, 1.5, "7"):
+            with pytest.raises(InputError, match=r"seed: expected an integer in 0\.\.9223372036854775807, got "):
+                env.reset(wrong)  # type: ignore[arg-type]
         env.reset(0)
         with pytest.raises(InputError, match=r"action: expected an integer in 0\.\.6, got 7"):
             env.step(7)
+        for wrong in ("1", 1.0, float("nan"), True, None):
+            with pytest.raises(InputError, match=r"action: expected an integer in 0\.\.6, got "):
+                env.step(wrong)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="oracle=True"):
             _ = env.state
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from flexlam_fast.data.navigation import TURN_LEFT, TURN_RIGHT, Chart, heading_error, steer
 from flexlam_fast.data.vizdoom import DoomEnv, Thing, Wall, WorldState
-from flexlam_fast.errors import InputError
 from flexlam_fast.types import VIZDOOM_ACTIONS
+from flexlam_fast.values import check_choice, check_number
 
 NOOP, ATTACK, MOVE_LEFT, MOVE_RIGHT = (VIZDOOM_ACTIONS.index(n) for n in ("NOOP", "ATTACK", "MOVE_LEFT", "MOVE_RIGHT"))
 
@@ -144,17 +144,15 @@ def make_expert(scenario: str) -> Player:
     Raises:
         InputError: for an unknown scenario.
     """
-    if scenario not in _EXPERTS:
-        raise InputError(f"scenario: expected one of {sorted(_EXPERTS)}, got {scenario!r}")
-    return _EXPERTS[scenario]()
+    return _EXPERTS[check_choice("scenario", scenario, _EXPERTS)]()
 
 
 class RandomPlayer:
     """Draws uniformly from the scenario's own action space (doing nothing is one of its actions)."""
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._rng = np.random.default_rng((seed, 0))
+        self._seed = int(check_number("seed", seed, 0, 2**63 - 1, integer=True))
+        self._rng = np.random.default_rng((self._seed, 0))
 
     def reset(self, seed: int) -> None:
         """Start the stream of numbers that belongs to this player and this episode."""

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flexlam_fast.data.experts import Player
 from flexlam_fast.data.vizdoom import SCENARIOS, DoomEnv
+from flexlam_fast.values import check_number
 
 #: A burst of noise is one action held for 1 to 4 decisions.
 LONGEST_BURST = 4
@@ -40,7 +41,12 @@ def play(env: DoomEnv, player: Player, seed: int, noise: float = 0.0) -> Played:
 
     Returns:
         The whole episode.
+
+    Raises:
+        InputError: for a noise outside 0..1.
+        SimulatorError: the game does not start, or stops.
     """
+    noise = check_number("noise", noise, 0, 1)
     rng = np.random.default_rng((seed, list(SCENARIOS).index(env.scenario)))
     # With p the odds that a burst starts when none runs, its share is mean*p / (1 + (mean - 1)*p).
     start = noise / (MEAN_BURST - noise * (MEAN_BURST - 1))

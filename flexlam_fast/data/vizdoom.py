@@ -27,7 +27,7 @@ from flexlam_fast.data.game import (
 )
 from flexlam_fast.errors import FlexLAMError, InputError, SimulatorError
 from flexlam_fast.types import VIZDOOM_ACTIONS
-from flexlam_fast.values import check_number
+from flexlam_fast.values import check_choice, check_number
 
 #: Scenario name -> gymnasium id.
 SCENARIOS = {
@@ -96,9 +96,7 @@ class DoomEnv:
     """
 
     def __init__(self, scenario: str, oracle: bool = False) -> None:
-        if scenario not in SCENARIOS:
-            raise InputError(f"scenario: expected one of {sorted(SCENARIOS)}, got {scenario!r}")
-        self.scenario = scenario
+        self.scenario = check_choice("scenario", scenario, SCENARIOS)
         self.oracle = oracle
         self._env = _make(scenario, oracle)
         self._folder = ExitStack()
@@ -170,14 +168,13 @@ class DoomEnv:
         """
         if self._done or self._frame is None:
             raise InputError("step: expected a running episode, got none; call reset first")
-        if not 0 <= action < len(VIZDOOM_ACTIONS):
-            raise InputError(f"action: expected an integer in 0..{len(VIZDOOM_ACTIONS) - 1}, got {action!r}")
+        action = int(check_number("action", action, 0, len(VIZDOOM_ACTIONS) - 1, integer=True))
         try:
-            observation, reward, terminated, truncated, _ = self._env.step(self._local.get(int(action), self._noop))
+            observation, reward, terminated, truncated, _ = self._env.step(self._local.get(action, self._noop))
         except Exception as error:  # see reset
             raise SimulatorError(f"vizdoom: {self.scenario} stopped: {_first_line(error)}") from error
         self._steps += 1
-        self.last_action = int(action)
+        self.last_action = action
         self._done = bool(terminated or truncated or self._steps >= MAX_STEPS)
         if self._env.unwrapped.state is not None:
             self._frame = _shrink(observation["screen"])

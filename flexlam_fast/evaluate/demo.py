@@ -18,18 +18,19 @@ from flexlam_fast.evaluate.decoding import Pairs, decode_at
 from flexlam_fast.evaluate.fidelity import change
 from flexlam_fast.evaluate.files import make_folder
 from flexlam_fast.evaluate.load import load_policy
-from flexlam_fast.evaluate.rollout import check_request, rollout
+from flexlam_fast.evaluate.rollout import check_ladder, check_play, rollout
 from flexlam_fast.evaluate.sessions import evaluation_seed
 from flexlam_fast.evaluate.strip import pick, strip_png, strip_rows
-from flexlam_fast.evaluate.table import RolloutTable
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.report import write_report
+from flexlam_fast.report import FILES, write_report
+from flexlam_fast.values import check_number, check_path
 
 #: Seconds that one step of a game takes, and that what is not play takes (starting games, decoding, drawing).
 GAME_SECONDS, FIXED_SECONDS = 0.001, 15.0
 #: Episodes are this much of the longest possible on average, random and expert play included.
 TYPICAL_LENGTH = 0.75
 FEWEST, MOST = 4, 10
+MAX_MINUTES = 10_000
 
 
 def demo(
@@ -62,19 +63,24 @@ def demo(
     Raises:
         FlexLAMError: one sentence for whatever is missing, damaged or out of range.
     """
+    check_play(scenarios, MOST if episodes is None else episodes, seed, sessions)
+    check_number("minutes", minutes, 0, MAX_MINUTES, open_low=True)
+    check_path("output", output)
     for module in ("matplotlib", "PIL", "torchmetrics", "vizdoom"):
         need(module)  # better now than after the games
     policy = load_policy(checkpoint, device)
-    check_request(policy, scenarios, budgets, MOST if episodes is None else episodes, seed, sessions)
+    check_ladder(policy, budgets)
     _check_size(policy)
-    make_folder(output)
+    make_folder(output, *FILES)
     print(policy.describe(), flush=True)
     count = _plan(policy, scenarios, budgets, sessions, episodes, minutes * 60)
     begun = time.perf_counter()
     strip = film_strip(policy.lam, scenarios, (0, *budgets), seed)
     table = rollout(policy, scenarios, budgets, episodes=count, seed=seed, sessions=sessions, progress=progress)
+    # First the table: what cannot be written has been seen then.
+    print(f"\n{table.text()}\n\n{(time.perf_counter() - begun) / 60:.1f} minutes", flush=True)
     files = write_report(table, output, strip, f"FlexLAM demo: {Path(checkpoint).name}")
-    _conclude(table, [path for path in files if path is not None], time.perf_counter() - begun)
+    print("written:", *(f"  {path}" for path in files if path is not None), sep="\n")
 
 
 def film_strip(lam: LatentActionModel, scenarios: Sequence[str], budgets: Sequence[int], seed: int) -> bytes:
@@ -139,9 +145,3 @@ def _check_size(policy: Any) -> None:
         raise ConfigError(
             f"demo: expected a model of {FRAME_SIZE}x{FRAME_SIZE}x3 frames, got {cfg.frame}x{cfg.frame}x{cfg.channels}"
         )
-
-
-def _conclude(table: RolloutTable, paths: Sequence[Path], seconds: float) -> None:
-    print(f"\n{table.text()}\n\n{seconds / 60:.1f} minutes; written:")
-    for path in paths:
-        print(f"  {path}")

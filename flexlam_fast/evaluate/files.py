@@ -5,18 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexlam_fast.errors import StorageError
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents; one that is there already is fine.
-
-    Raises:
-        StorageError: if that is not possible.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path}: expected a folder to write to, got: {error.strerror or error}") from error
+from flexlam_fast.values import make_folder as make_folder
 
 
 def write(path: Path, content: str | bytes) -> None:

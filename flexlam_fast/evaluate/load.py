@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flexlam_fast.backend import find_device
-from flexlam_fast.errors import InputError
 from flexlam_fast.policy import DTYPES, Policy
+from flexlam_fast.values import check_choice, check_path
 
 
 def load_policy(checkpoint: str, device: str = "auto", dtype: str = "float32", backend: str = "auto") -> Policy:
@@ -21,6 +21,6 @@ def load_policy(checkpoint: str, device: str = "auto", dtype: str = "float32", b
         CheckpointError: nothing of that name, or a checkpoint that is damaged, foreign or too new.
         BackendError: a backend asked for by name that cannot run here.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    return Policy.from_pretrained(checkpoint, device=find_device(device), dtype=DTYPES[dtype], backend=backend)
+    chosen = DTYPES[check_choice("dtype", dtype, DTYPES)]
+    check_path("checkpoint", checkpoint)
+    return Policy.from_pretrained(checkpoint, device=find_device(device), dtype=chosen, backend=backend)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from flexlam_fast.checks import check_budget
+from flexlam_fast.checks import check_budget, check_names, check_number, check_path
 from flexlam_fast.data.vizdoom import MAX_STEPS, SCENARIOS
 from flexlam_fast.errors import InputError
 from flexlam_fast.evaluate.actor import WARMUP, Actor, time_decisions
@@ -19,6 +19,12 @@ from flexlam_fast.evaluate.machine import look
 from flexlam_fast.evaluate.sessions import Games, Job, Outcome, evaluation_seed, play_jobs
 from flexlam_fast.evaluate.summary import Latency, latency, score
 from flexlam_fast.evaluate.table import Cell, RolloutTable, ScenarioScores
+from flexlam_fast.values import shown
+
+#: What a rollout writes.
+FILES = ("rollout.json", "rollout.md")
+#: Episode ``i`` has a seed of its own below the next collection's; every session is a game of 10 MB or more.
+MAX_EPISODES, MAX_SESSIONS = 100_000, 1024
 
 
 def rollout(
@@ -54,9 +60,10 @@ def rollout(
         SimulatorError: if ViZDoom is missing or stops.
         StorageError: if ``output`` cannot be written.
     """
-    chosen = check_request(policy, scenarios, budgets, episodes, seed, sessions)
+    check_play(scenarios, episodes, seed, sessions)
+    chosen = check_ladder(policy, budgets)
     if output is not None:
-        make_folder(output)
+        make_folder(check_path("output", output), *FILES)
     seeds = [evaluation_seed(seed, i) for i in range(episodes)]
     jobs = [Job(name, s) for name in scenarios for s in seeds]
     with tqdm(total=2 * len(jobs) * MAX_STEPS, unit="step", unit_scale=True, disable=not progress) as bar:
@@ -79,27 +86,33 @@ def rollout(
     return table
 
 
-def check_request(
-    policy: Actor, scenarios: Sequence[str], budgets: Sequence[int] | None, episodes: int, seed: int, sessions: int
-) -> tuple[int, ...]:
-    """Check what a rollout is asked for, and return its budgets.
+def check_play(scenarios: Sequence[str], episodes: int, seed: int, sessions: int) -> None:
+    """Check what is to be played, before there is a policy.
 
     Raises:
         InputError: naming the argument that is out of range.
+    """
+    check_names("scenarios", scenarios, SCENARIOS)
+    check_number("episodes", episodes, 2, MAX_EPISODES, integer=True)
+    check_number("sessions", sessions, 1, MAX_SESSIONS, integer=True)
+    evaluation_seed(seed, 0)
+
+
+def check_ladder(policy: Actor, budgets: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the budgets to play at; None for 1, 2, 4, ... and ``K``.
+
+    Raises:
+        InputError: none, or one of them twice.
         BudgetError: for a budget outside ``1..K``.
     """
-    unknown = sorted(set(scenarios) - set(SCENARIOS))
-    if isinstance(scenarios, str) or unknown or not scenarios or len(set(scenarios)) < len(scenarios):
-        raise InputError(f"scenarios: expected some of {sorted(SCENARIOS)}, each once, got {scenarios!r}")
-    slots = policy.cfg.bottleneck.slots
-    ladder = policy.cfg.bottleneck.ladder
-    chosen = ladder if budgets is None else tuple(check_budget("budgets", k, 1, slots) for k in budgets)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"budgets: expected at least one, each once, got {chosen}")
-    for name, value, low in (("episodes", episodes, 2), ("sessions", sessions, 1)):
-        if not low <= value <= 100_000:
-            raise InputError(f"{name}: expected {low} to 100000, got {value!r}")
-    evaluation_seed(seed, 0)
+    if budgets is None:
+        return policy.cfg.bottleneck.ladder
+    given = tuple(budgets) if isinstance(budgets, Iterable) and not isinstance(budgets, str) else ()
+    if not given:
+        raise InputError(f"budgets: expected at least one, each once, got {shown(budgets)}")
+    chosen = tuple(check_budget("budgets", k, 1, policy.cfg.bottleneck.slots) for k in given)
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"budgets: expected at least one, each once, got {shown(chosen)}")
     return chosen
 
 
@@ -128,6 +141,11 @@ def _table(policy: Actor, rows: list[ScenarioScores], episodes: int, seed: int, 
 
 
 def write_table(table: RolloutTable, folder: Path) -> None:
-    """Write ``rollout.json``, with every return, and ``rollout.md``."""
-    write(folder / "rollout.json", json.dumps(table.json(details=True), indent=2) + "\n")
-    write(folder / "rollout.md", table.markdown())
+    """Write ``rollout.json``, with every return, and ``rollout.md``.
+
+    Raises:
+        StorageError: naming the file that could not be written.
+    """
+    texts = json.dumps(table.json(details=True), indent=2) + "\n", table.markdown()
+    for name, text in zip(FILES, texts, strict=True):
+        write(folder / name, text)

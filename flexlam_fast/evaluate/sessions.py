@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from flexlam_fast.data.collect import EVALUATION_SEED, SEED_STRIDE
 from flexlam_fast.data.vizdoom import MAX_STEPS, DoomEnv
-from flexlam_fast.errors import InputError
 from flexlam_fast.evaluate.actor import Actor, decide
+from flexlam_fast.values import check_number
 
 
 class Job(NamedTuple):
@@ -37,9 +38,8 @@ def evaluation_seed(seed: int, episode: int) -> int:
     Raises:
         InputError: ``seed`` outside 0..999.
     """
-    if not 0 <= seed < EVALUATION_SEED // SEED_STRIDE:
-        raise InputError(f"seed: expected 0..{EVALUATION_SEED // SEED_STRIDE - 1}, got {seed!r}")
-    return EVALUATION_SEED + seed * SEED_STRIDE + episode
+    chosen = int(check_number("seed", seed, 0, EVALUATION_SEED // SEED_STRIDE - 1, integer=True))
+    return EVALUATION_SEED + chosen * SEED_STRIDE + episode
 
 
 class Games:
@@ -47,14 +47,15 @@ class Games:
 
     def __init__(self) -> None:
         self._idle: dict[str, list[DoomEnv]] = {}
-        self._all: list[DoomEnv] = []
+        self._all = ExitStack()
 
     def lend(self, scenario: str) -> DoomEnv:
         """Hand out a game of ``scenario``, starting one if all are out."""
         waiting = self._idle.setdefault(scenario, [])
         if not waiting:
-            self._all.append(DoomEnv(scenario))
-            return self._all[-1]
+            env = DoomEnv(scenario)
+            self._all.callback(env.close)
+            return env
         return waiting.pop()
 
     def take_back(self, env: DoomEnv) -> None:
@@ -67,8 +68,7 @@ class Games:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for env in self._all:
-            env.close()
+        self._all.close()  # every game, also after one that does not close
 
 
 class _Seat:

@@ -7,8 +7,8 @@ A run directory holds one folder a stage (``lam``, ``sequence``, ``translator``,
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,55 +20,23 @@ from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import CheckpointError, ConfigError, InputError
 from flexlam_fast.lam import LatentActionModel
+from flexlam_fast.layers import training_backend
 from flexlam_fast.policy import DTYPES, Policy
 from flexlam_fast.train.codes import encode_dataset, fingerprint
 from flexlam_fast.train.joint import JointModel, JointStage
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Stage, Trainer
 from flexlam_fast.train.memory import keep_memory
+from flexlam_fast.train.options import RunOptions, check_label_options
 from flexlam_fast.train.peers import Peers, is_shared
 from flexlam_fast.train.recipes import COLLECTION, LABELS, RECIPES, Recipe
 from flexlam_fast.train.sequence import SequenceStage
-from flexlam_fast.train.translator import TranslatorStage, choose_labels
+from flexlam_fast.train.translator import TranslatorStage, check_actions, choose_labels
 from flexlam_fast.translator import Translator
+from flexlam_fast.values import check_choice, check_number, check_path, make_folder
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What every training command can be told."""
-
-    data: Path
-    """Packed episodes, from ``collect`` or ``pack``."""
-    output: Path
-    """The run directory; a run that stands there is resumed."""
-    preset: str = "tiny"
-    """Model and recipe: tiny or dmlab."""
-    config: Path | None = None
-    """A configuration file for the model in place of the preset's."""
-    prefix: str | None = None
-    """uniform (retained-prefix training) or full (the Fixed-K baseline); left out, the configuration's."""
-    seed: int = 0
-    """Same seed, same weights, bit for bit, on the same machine."""
-    steps: int | None = None
-    """Training steps in place of the recipe's."""
-    batch: int | None = None
-    """Batch size in place of the recipe's."""
-    lr: float | None = None
-    """Peak learning rate in place of the recipe's."""
-    save_every: int | None = None
-    """Steps between checkpoints in place of the recipe's."""
-    validate_every: int | None = None
-    """Steps between validations in place of the recipe's."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
-    precision: str = "auto"
-    """bf16 or fp32; auto is bf16 autocast where the device multiplies it in hardware."""
-    tensorboard: bool = False
-    """Write TensorBoard events beside metrics.jsonl."""
-    backend: str = "auto"
-    """Kernels of the steps: triton on a GPU, native (C++) on a CPU, reference (plain PyTorch); auto is the fastest."""
-    shard: bool = False
-    """Under torchrun: weights, gradients and optimiser in parts (FSDP2), not all of them in each process (DDP)."""
+#: A larger weight of the action loss leaves nothing of the LAM's own.
+MAX_WEIGHT = 1e6
 
 
 def lam(options: RunOptions) -> None:
@@ -77,9 +45,7 @@ def lam(options: RunOptions) -> None:
     Args:
         options: of the run.
     """
-    store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "lam"), _device(options)
-    peers = Peers.join(device)
+    store, recipe, device, peers = _begin(options, "lam")
     _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device, peers), recipe)
 
 
@@ -90,9 +56,7 @@ def sequence(options: RunOptions, lam: Path | None = None) -> None:
         options: of the run.
         lam: a LAM checkpoint; left out, the run's own, from joint alignment where there is one.
     """
-    store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "sequence"), _device(options)
-    peers = Peers.join(device)
+    store, recipe, device, peers = _begin(options, "sequence", lam=lam)
     model = load_lam(lam or _own_lam(options.output)).to(device)
     codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
@@ -111,9 +75,8 @@ def translator(
         labels_from: take all labels from this task (the narrow-source test); left out, equally from every task.
         lam: a LAM checkpoint; left out, the run's own.
     """
-    store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "translator"), _device(options)
-    peers = Peers.join(device)
+    check_label_options(labels, labels_from)
+    store, recipe, device, peers = _begin(options, "translator", lam=lam)
     model = load_lam(lam or options.output / "lam" / "last").to(device)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     codes = _encode(options, model, store, device, peers)
@@ -136,9 +99,9 @@ def joint(
         labels_from: as for the translator.
         weight: of the action loss beside the LAM's own.
     """
-    store = EpisodeStore.open(options.data)
-    recipe, device = _recipe(options, "joint"), _device(options)
-    peers = Peers.join(device)
+    check_label_options(labels, labels_from)
+    check_number("weight", weight, 0, MAX_WEIGHT)
+    store, recipe, device, peers = _begin(options, "joint")
     model = load_lam(options.output / "lam" / "last").requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -170,11 +133,15 @@ def all_stages(
     """
     if any(value is not None for value in (options.steps, options.batch, options.lr)):
         raise InputError("train all: expected no steps, batch or lr (they differ by stage), got one of them")
-    if export_dtype not in DTYPES:
-        raise InputError(f"export_dtype: expected one of {', '.join(DTYPES)}, got {export_dtype!r}")
-    _config(options)
-    peers = Peers.join(_device(options))
+    check_choice("export_dtype", export_dtype, DTYPES)
+    check_label_options(labels, labels_from)
+    options.check()
+    cfg, device = _config(options), _device(options)
+    peers = Peers.join(device)
     peers.first(lambda: _collect_missing(options))
+    store = EpisodeStore.open(options.data)
+    check_actions(cfg, store)  # what would stop a later stage stops the first
+    choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     lam(options)
     align = joint if with_joint else translator
     align(options, labels, labels_from)
@@ -221,6 +188,27 @@ def load_lam(directory: Path) -> LatentActionModel:
     except RuntimeError as error:
         raise CheckpointError(f"{directory}: expected a LAM, got other weights: {error}") from None
     return model.eval().requires_grad_(False)
+
+
+class _Start(NamedTuple):
+    """What every stage begins with."""
+
+    store: EpisodeStore
+    recipe: Recipe
+    device: torch.device
+    peers: Peers
+
+
+def _begin(options: RunOptions, stage: str, lam: Path | None = None) -> _Start:
+    """Check all that is known before any work, and open the data."""
+    options.check()
+    if lam is not None:
+        check_path("lam", lam)
+    recipe, device = _recipe(options, stage), _device(options)
+    training_backend(options.backend, device)
+    store = EpisodeStore.open(options.data)
+    make_folder(options.output)
+    return _Start(store, recipe, device, Peers.join(device))
 
 
 def _own_lam(run: Path) -> Path:

@@ -25,9 +25,11 @@ from flexlam_fast.errors import CheckpointError, FlexLAMError
 from flexlam_fast.layers import set_backend, training_backend
 from flexlam_fast.train.loader import Loader
 from flexlam_fast.train.metrics import MetricsLog
+from flexlam_fast.train.options import PRECISIONS
 from flexlam_fast.train.peers import LostPeer, Peers, is_loss_of_peer, whole
 from flexlam_fast.train.recipes import Recipe
 from flexlam_fast.train.step import GraphedStep, Step
+from flexlam_fast.values import check_choice, make_folder
 
 TRAINER = "trainer.json"
 
@@ -89,8 +91,12 @@ class Progress(NamedTuple):
 
 
 def wants_bf16(device: torch.device, precision: str) -> bool:
-    """Whether to train under bf16 autocast: ``"auto"`` is yes where the device multiplies bf16 in hardware."""
-    if precision != "auto":
+    """Whether to train under bf16 autocast: ``"auto"`` is yes where the device multiplies bf16 in hardware.
+
+    Raises:
+        InputError: ``precision`` is none of auto, bf16, fp32.
+    """
+    if check_choice("precision", precision, PRECISIONS) != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -121,7 +127,7 @@ class Trainer:
         self.backend = training_backend(backend, device)
         set_backend(stage.model, self.backend, device)
         self.progress, self.stopped = Progress(0, float("inf")), False
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         moments = self._resume()
         self.shard, self.forward = shard, self.peers.together(Forward(stage), device, shard)
         self.parameters = {n: p for n, p in stage.model.named_parameters() if p.requires_grad}

@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flexlam_fast.errors import ConfigError
+from flexlam_fast.fields import check_fields, integer, real
+
+#: Sample ``step * batch + i`` of a run has a number of its own in 64 bits; larger rates overflow in AdamW.
+MAX_STEPS, MAX_BATCH, MAX_RATE = 1_000_000_000, 100_000, 1000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage is trained: AdamW, linear warm-up, cosine decay to a tenth, clipping (all stages share these)."""
+    """How one stage is trained: AdamW, linear warm-up, cosine decay to a tenth, clipping (all stages share these).
 
-    steps: int
-    batch: int
-    lr: float
-    warmup: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    validate_every: int = 500
-    save_every: int = 500
-    log_every: int = 20
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    steps: int = integer(low=1, high=MAX_STEPS)
+    batch: int = integer(low=1, high=MAX_BATCH)
+    lr: float = real(low=0, high=MAX_RATE, open_low=True)
+    warmup: int = integer(100, 0, MAX_STEPS)
+    weight_decay: float = real(0.01, 0, 1000)
+    clip: float = real(1.0, 0, 1e30, open_low=True)
+    validate_every: int = integer(500, 1, MAX_STEPS)
+    save_every: int = integer(500, 1, MAX_STEPS)
+    log_every: int = integer(20, 1, MAX_STEPS)
 
     def __post_init__(self) -> None:
-        whole = (self.steps, self.batch, self.validate_every, self.save_every, self.log_every)
-        if min(whole) < 1 or self.lr <= 0 or self.warmup < 0 or self.clip <= 0 or self.weight_decay < 0:
-            raise ConfigError(f"recipe: expected positive steps, batch, rate and intervals, got {self}")
+        check_fields(self)
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step`` (0-based): warm-up, then a cosine down to a tenth of the peak."""

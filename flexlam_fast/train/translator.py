@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from flexlam_fast.train.peers import ALONE, Peers
 from flexlam_fast.train.random import draw_key, picks, streams
 from flexlam_fast.translator import Translator, one_hot_actions, translator_loss
 from flexlam_fast.types import Actions
+from flexlam_fast.values import check_number
 
 VALIDATION_LABELS = 2048
 
@@ -42,6 +44,7 @@ def choose_labels(
         DataError: there are no labelled transitions.
         InputError: more labels than there are, or none.
     """
+    check_number("labels", labels, 0, math.inf, open_low=True)
     tasks = [task] if task is not None else list(store.tasks)
     pools = [store.transitions(split, [name]) for name in tasks]
     pools = [p[store.actions[p] >= 0] for p in pools]
