@@ -20,6 +20,8 @@ from flexlam_fast.values import shown
 
 AUTO, REFERENCE, TRITON, NATIVE = "auto", "reference", "triton", "native"
 NAMES = (AUTO, REFERENCE, TRITON, NATIVE)
+#: What weights may be, by the names that command lines take.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BOTTLENECK = "runs the bottleneck and, for models it takes, blocks of codes; the rest is PyTorch in this version"
 _CODES = "runs bottleneck and sequence model, in bf16 with AMX the encoder too; the rest is PyTorch in this version"
 _DECISION = "runs bottleneck, sequence model and translator; encoder and decoder are PyTorch in this version"

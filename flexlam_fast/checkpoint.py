@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flexlam_fast import manifest
+from flexlam_fast.backend import DTYPES
 from flexlam_fast.errors import CheckpointError, InputError, StorageError
 from flexlam_fast.manifest import CONFIG, MANIFEST, MODEL
 
@@ -102,6 +103,45 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
     except OSError as error:
         where, cause = error.filename or target, error.strerror or str(error)
         raise CheckpointError(f"{where}: expected to read a checkpoint, got: {cause}") from error
+
+
+def holds_checkpoint(directory: str | Path) -> bool:
+    """Whether a checkpoint is there to be loaded, or what claims to be one; also while a killed save left it aside."""
+    target = _resolve(directory)
+    return (target / MANIFEST).is_file() or (not target.exists() and _previous(target).is_dir())
+
+
+def save_weights(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    config_json: str,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """:func:`save_checkpoint` of a model's tensors alone, floating ones cast to ``dtype``; None keeps them.
+
+    Raises:
+        InputError: another ``dtype`` than float32, bfloat16 or float16.
+        StorageError: as :func:`save_checkpoint`.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise InputError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype}")
+    cast = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in tensors.items()}
+    return save_checkpoint(directory, cast, config_json, extra_text=notes)
+
+
+def copy_tensors(file: str, ours: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Take over weights of any floating dtype, after checking that names and shapes are exactly ours.
+
+    Raises:
+        CheckpointError: naming ``file`` and the first tensor that does not fit; nothing has been copied then.
+    """
+    match_tensors(file, {k: t.to(found[k].dtype) if k in found else t for k, t in ours.items()}, found)
+    for key in ours:
+        if not found[key].is_floating_point() or not bool(torch.isfinite(found[key]).all()):
+            raise CheckpointError(f"{file}: {key}: expected finite floating numbers, got others")
+    for key, t in ours.items():
+        t.copy_(found[key])
 
 
 def match_tensors(file: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -37,11 +37,22 @@ COMMANDS = {
     "doctor": Command("flexlam_fast.doctor", "doctor", "what this machine has, and which backend it takes"),
     "collect": Command("flexlam_fast.cli", "collect", "film the scripted experts of ViZDoom scenarios"),
     "pack": Command("flexlam_fast.cli", "pack", "pack a folder of videos into episodes"),
-    "train": Command("flexlam_fast.train.commands", "", "train a stage, or all: lam, sequence, translator, joint, all"),
+    "train": Command(
+        "flexlam_fast.train.commands",
+        "",
+        "train a stage (lam, sequence, translator, joint) or all, or join them as a policy",
+    ),
     "rollout": Command("flexlam_fast.cli", "play", "play scenarios at several budgets beside random and expert"),
     "reconstruct": Command("flexlam_fast.cli", "reconstruct", "decode held-out transitions at several budgets"),
 }
-TRAIN = {"lam": "lam", "sequence": "sequence", "translator": "translator", "joint": "joint", "all": "all_stages"}
+TRAIN = {
+    "lam": "lam",
+    "sequence": "sequence",
+    "translator": "translator",
+    "joint": "joint",
+    "all": "all_stages",
+    "policy": "policy",
+}
 
 
 def collect(
@@ -107,8 +118,10 @@ def pack(
 
 
 def play(
-    checkpoint: str = "vizdoom-tiny",
+    path: str = "",
+    /,
     *,
+    checkpoint: str = "",
     scenarios: tuple[str, ...] = ("my_way_home", "health_gathering"),
     budgets: tuple[int, ...] | None = None,
     episodes: int = 50,
@@ -122,7 +135,8 @@ def play(
     """Play scenarios at several budgets, and the same episodes at random and with the scripted expert.
 
     Args:
-        checkpoint: a directory, or the name of a shipped checkpoint.
+        path: a policy, a run that has one, or a shipped name; left out, vizdoom-tiny.
+        checkpoint: the same by name.
         scenarios: what to play.
         budgets: codes per decision; left out, 1, 2, 4, ... and all.
         episodes: per scenario, budget and agent.
@@ -139,7 +153,7 @@ def play(
 
     check_play(scenarios, episodes, seed, sessions)
     check_path("output", output)
-    policy = load_policy(checkpoint, device, dtype, backend)
+    policy = load_policy(_one(path, checkpoint), device, dtype, backend)
     check_ladder(policy, budgets)
     make_folder(output, *FILES)
     print(policy.describe(), flush=True)
@@ -150,10 +164,12 @@ def play(
 
 
 def reconstruct(
-    checkpoint: str = "vizdoom-tiny",
+    path: str = "",
+    /,
     *,
+    checkpoint: str = "",
     data: Path,
-    budgets: tuple[int, ...] = (0, 1, 2, 4, 8, 16),
+    budgets: tuple[int, ...] | None = None,
     transitions: int = 256,
     seed: int = 0,
     output: Path = Path("out/reconstruct"),
@@ -162,9 +178,10 @@ def reconstruct(
     """Decode held-out transitions at several budgets and print PSNR and SSIM beside copying o_t.
 
     Args:
-        checkpoint: a directory, or the name of a shipped checkpoint.
+        path: a run, its stage lam or joint, a checkpoint of it, a policy, or a shipped name; left out, vizdoom-tiny.
+        checkpoint: the same by name.
         data: packed episodes; their test split is used.
-        budgets: codes to decode from; 0 is none at all.
+        budgets: codes to decode from; 0 is none at all; left out, 0, 1, 2, 4, ... and all.
         transitions: how many, drawn from the test split.
         seed: of the draw and of the noise.
         output: folder for reconstruct.json, reconstruct.md and strip.png.
@@ -172,8 +189,16 @@ def reconstruct(
     """
     from flexlam_fast.evaluate.reconstruct import reconstruct as run
 
-    result = run(checkpoint, data, budgets=budgets, transitions=transitions, seed=seed, output=output, device=device)
+    model = _one(path, checkpoint)
+    result = run(model, data, budgets=budgets, transitions=transitions, seed=seed, output=output, device=device)
     print(f"\n{result.markdown()}\nwritten: {output}/reconstruct.json, reconstruct.md, strip.png")
+
+
+def _one(path: str, checkpoint: str) -> str:
+    """What to load, which may be said in two ways."""
+    if path and checkpoint and Path(path) != Path(checkpoint):
+        raise InputError(f"checkpoint: expected one, got {path!r} and --checkpoint {checkpoint!r}")
+    return path or checkpoint or "vizdoom-tiny"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.ambient import isolated, outside_autocast
-from flexlam_fast.backend import REFERENCE
+from flexlam_fast.backend import AUTO, DTYPES, REFERENCE, choose, find_device
 from flexlam_fast.bottleneck import Bottleneck, Quantized
 from flexlam_fast.capture import GraphedFunction
+from flexlam_fast.checkpoint import copy_tensors, save_weights
 from flexlam_fast.checks import check_budget, check_tensor, describe
 from flexlam_fast.config import FlexLAMConfig, check_config
 from flexlam_fast.decoder import Decoder
 from flexlam_fast.encoder import Encoder
 from flexlam_fast.errors import InputError
 from flexlam_fast.flow import euler, interpolate, velocity_of
-from flexlam_fast.layers import as_pixels, product_dtype, to_uint8
+from flexlam_fast.layers import Attention, as_pixels, product_dtype, set_backend, to_uint8
+from flexlam_fast.manifest import MODEL
 from flexlam_fast.ops.arguments import check_prefix
+from flexlam_fast.ops.attention import AttentionChoice, choose_attention
 from flexlam_fast.ops.flow_loss import flow_loss
 from flexlam_fast.ops.patches import flow_patches
+from flexlam_fast.run_folder import LAM, Found, find_stage
 
 
 class LamLoss(NamedTuple):
@@ -50,6 +55,85 @@ class LatentActionModel(nn.Module):
         self.bottleneck = Bottleneck(cfg.bottleneck, backend)
         self.decoder = Decoder(cfg)
         self._graphs: tuple[tuple[int, ...], GraphedFunction] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> Self:
+        """Load a latent action model, in evaluation mode and without gradients.
+
+        Args:
+            name: what :meth:`save_pretrained` or a training stage (``lam``, ``joint``) wrote, a stage's folder, that of
+                a run, or a policy, by its folder or shipped name. Of a stage's two checkpoints ``best`` is taken if it
+                is there, else ``last``.
+            device: where it shall live; ``"auto"`` takes a GPU where there is one.
+            dtype: float32, bfloat16 or float16, of encoder and decoder; the bottleneck stays float32.
+            backend: ``"auto"`` or a name (see ``flexlam_fast.backend``).
+
+        Raises:
+            CheckpointError: nothing is there, something else, or a checkpoint that is corrupt or too new.
+            BackendError: a backend asked for by name that cannot run here.
+            InputError: a device that is not here, or another dtype.
+        """
+        return cls.of(find_stage(name, LAM), device=device, dtype=dtype, backend=backend)
+
+    @classmethod
+    def of(cls, found: Found, *, device: torch.device | str, dtype: torch.dtype, backend: str) -> Self:
+        """:meth:`from_pretrained` of what has been found."""
+        if dtype not in DTYPES.values():
+            raise InputError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
+        where = find_device(str(device))
+        taken = choose(backend, where).name
+        lam = cls.loaded(found, backend)
+        lam.settle(where, dtype, taken)
+        return lam
+
+    @classmethod
+    @torch.inference_mode(False)  # so that the weights can be trained later
+    def loaded(cls, found: Found, backend: str) -> Self:
+        """What has been found, fp32 on the CPU, with the plain modules of training."""
+        with torch.random.fork_rng(devices=[]):
+            lam = cls(found.cfg, backend)
+        copy_tensors(str(found.path / MODEL), lam.state_dict(), found.tensors)
+        return lam
+
+    def save_pretrained(
+        self, directory: str | Path, *, dtype: torch.dtype | None = None, notes: dict[str, str] | None = None
+    ) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a manifest of sha256 sums.
+
+        Args:
+            directory: where; an older checkpoint there is replaced in one step.
+            dtype: of the stored weights, float32, bfloat16 or float16; None keeps them as they are.
+            notes: further text files by name.
+
+        Raises:
+            StorageError: the disk is full or forbids it; what was there before is intact.
+        """
+        save_weights(directory, self.state_dict(), self.cfg.to_json(), dtype, notes)
+
+    def settle(
+        self, device: torch.device, dtype: torch.dtype, backend: str, attention: str = "auto"
+    ) -> AttentionChoice:
+        """Get ready to encode and decode: no gradients, encoder and decoder in ``dtype``, kernels of ``backend``.
+
+        Raises:
+            BackendError: an ``attention`` asked for by name that cannot run there.
+        """
+        self.to(device).eval().requires_grad_(False)
+        for part in (self.encoder, self.decoder):
+            part.to(dtype)
+        set_backend(self.decoder, REFERENCE if backend == REFERENCE else AUTO, device)
+        layers = [part for part in self.encoder.modules() if isinstance(part, Attention)]
+        chosen = choose_attention(device, dtype, layers[0].head_dim, attention)
+        for layer in layers:
+            layer.implementation = chosen.name
+        return chosen
 
     def pixels(self, name: str, frames: Tensor) -> Tensor:
         """Frames in either accepted form to fp32 pixels, or one sentence."""

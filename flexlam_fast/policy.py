@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import fp32_by_default, isolated
-from flexlam_fast.backend import AUTO, REFERENCE, TRITON, choose, find_device
+from flexlam_fast.backend import DTYPES, TRITON, choose, find_device
 from flexlam_fast.checks import check_budget, check_finite, check_number, check_tensor, describe
 from flexlam_fast.config import FlexLAMConfig, check_config
 from flexlam_fast.deadline import LatencyTable, measure
 from flexlam_fast.errors import BackendError, BudgetError, CacheError, InputError
 from flexlam_fast.graphs import GraphedLoop
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.layers import Attention, set_backend
 from flexlam_fast.loop import DecisionLoop, How, Outcome, stages_of
-from flexlam_fast.ops.attention import choose_attention
 from flexlam_fast.pretrained import Pretrained
 from flexlam_fast.sequence.cache import PagedCache
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.translator import Translator
 from flexlam_fast.types import Actions, Decision
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_SESSIONS = 1_000_000
 SEEDS = -(2**63), 2**64 - 1  # that torch takes
 
@@ -39,9 +36,6 @@ class Policy(Pretrained):
     the newest transition, appends its code block and the newest frame to the cache, generates ``k`` codes, fills the
     other slots with the null latent, and translates.
     """
-
-    loop: DecisionLoop
-    graphed: GraphedLoop | None
 
     @isolated
     def __init__(
@@ -91,15 +85,9 @@ class Policy(Pretrained):
             self.lam = LatentActionModel(cfg, backend)
             self.sequence = SequenceModel(cfg)
             self.translator = Translator(cfg)
-        for part in (self.lam, self.sequence, self.translator):
-            part.to(self.device).eval().requires_grad_(False)
-        for stage in (self.lam.encoder, self.lam.decoder, self.sequence, self.translator):
-            stage.to(dtype)
-        set_backend(self.lam.decoder, REFERENCE if self.backend.name == REFERENCE else AUTO, self.device)
-        layers = [part for part in self.lam.encoder.modules() if isinstance(part, Attention)]
-        self.attention = choose_attention(self.device, dtype, layers[0].head_dim, attention)
-        for layer in layers:
-            layer.implementation = self.attention.name
+        self.attention = self.lam.settle(self.device, dtype, self.backend.name, attention)
+        for part in (self.sequence, self.translator):
+            part.to(self.device, dtype).eval().requires_grad_(False)
         modules = self.lam, self.sequence, self.translator
         self.stages = stages_of(*modules, self.backend.name, self.device, self.pages)
         if attention != "auto":  # in the encoder's own modules

@@ -1,32 +1,41 @@
-"""Saving and loading a policy: a directory with its configuration, its weights, and their sha256 sums."""
+"""Saving, loading and copying a policy; on disk it is its configuration, its weights, and their sha256 sums."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from flexlam_fast.checkpoint import load_checkpoint, match_tensors, save_checkpoint
+from flexlam_fast.backend import find_device
+from flexlam_fast.checkpoint import copy_tensors, save_weights
 from flexlam_fast.config import FlexLAMConfig
-from flexlam_fast.errors import CheckpointError, ConfigError
+from flexlam_fast.manifest import MODEL
+from flexlam_fast.run_folder import POLICY, find_stage
 
 if TYPE_CHECKING:
+    from flexlam_fast.deadline import LatencyTable
+    from flexlam_fast.graphs import GraphedLoop
     from flexlam_fast.lam import LatentActionModel
+    from flexlam_fast.loop import DecisionLoop, Stages
     from flexlam_fast.sequence.model import SequenceModel
     from flexlam_fast.translator import Translator
 
-ASSETS = Path(__file__).parent / "assets"
-
 
 class Pretrained:
-    """What a policy can do with files; :class:`flexlam_fast.Policy` adds acting."""
+    """What a policy can do with files and copies; :class:`flexlam_fast.Policy` adds acting."""
 
     cfg: FlexLAMConfig
     lam: LatentActionModel
     sequence: SequenceModel
     translator: Translator
+    stages: Stages
+    loop: DecisionLoop
+    graphed: GraphedLoop | None
+    generator: torch.Generator
+    latencies: dict[int, LatencyTable]
 
     if TYPE_CHECKING:
 
@@ -50,14 +59,13 @@ class Pretrained:
 
         Args:
             directory: where; an older checkpoint there is replaced in one step.
-            dtype: of the stored weights; None keeps them as they are.
+            dtype: of the stored weights, float32, bfloat16 or float16; None keeps them as they are.
             notes: further text files by name, for example a training log.
 
         Raises:
             StorageError: the disk is full or forbids it; what was there before is intact.
         """
-        tensors = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in self.state().items()}
-        save_checkpoint(directory, tensors, self.cfg.to_json(), extra_text=notes)
+        save_weights(directory, self.state(), self.cfg.to_json(), dtype, notes)
 
     @classmethod
     def from_pretrained(
@@ -68,25 +76,42 @@ class Pretrained:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> Self:
-        """Load a policy from a directory, or one that ships with the package by its name.
+        """Load a policy.
+
+        Args:
+            name: its folder, that of a training run which has one, or the name of one that ships with the package.
+            device: where it shall live; ``"auto"`` takes a GPU where there is one.
+            dtype: of the weights, as in the constructor.
+            backend: likewise.
 
         Raises:
-            CheckpointError: nothing of that name, or a checkpoint that is corrupt, foreign, or of a future version.
+            CheckpointError: nothing of that name, or a checkpoint that is corrupt, foreign, or of a future version; of
+                a run without a policy it says which stage is missing, and the command that makes it.
             BackendError: a backend asked for by name that cannot run here.
+            InputError: a device that is not here, or another dtype.
         """
-        directory = Path(name)
-        if not directory.exists() and str(name) in shipped():
-            directory = ASSETS / str(name)
-        if not directory.exists() and "/" not in str(name):
-            raise CheckpointError(f"{name}: expected a directory or one of {shipped()}, got neither")
-        found = load_checkpoint(directory)
-        try:
-            cfg = FlexLAMConfig.from_json(found.config_json)
-        except ConfigError as error:
-            raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-        policy = cls(cfg, device=device, dtype=dtype, backend=backend)
-        policy.load_state(str(directory / "model.safetensors"), found.tensors)
+        found = find_stage(name, POLICY)
+        policy = cls(found.cfg, device=find_device(str(device)), dtype=dtype, backend=backend)
+        policy.load_state(str(found.path / MODEL), found.tensors)
         return policy
+
+    def __copy__(self) -> Self:
+        """The same weights, held once, with sessions of its own, which go on from where these are."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__, stages=self.stages.twin())
+        own = self.loop, self.graphed, self.generator, self.latencies
+        twin.loop, twin.graphed, twin.generator, twin.latencies = copy.deepcopy(own)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Weights and sessions of its own; what runs on them is laid out anew when the copy first decides."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, because ``torch.multiprocessing`` gives another process the very memory of what it is handed."""
+        return copy.deepcopy(self.__dict__)
 
     def state(self) -> dict[str, Tensor]:
         """All weights by name, ``lam.``, ``sequence.`` and ``translator.`` in front."""
@@ -98,14 +123,4 @@ class Pretrained:
         Raises:
             CheckpointError: naming ``file`` and the first tensor that does not fit.
         """
-        ours = self.state()
-        match_tensors(file, {k: t.to(tensors[k].dtype) if k in tensors else t for k, t in ours.items()}, tensors)
-        for key, t in ours.items():
-            if not tensors[key].is_floating_point() or not bool(torch.isfinite(tensors[key]).all()):
-                raise CheckpointError(f"{file}: {key}: expected finite floating numbers, got others")
-            t.copy_(tensors[key])
-
-
-def shipped() -> list[str]:
-    """Names of the checkpoints that ship with the package."""
-    return sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").is_file()) if ASSETS.is_dir() else []
+        copy_tensors(file, self.state(), tensors)

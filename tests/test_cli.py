@@ -61,7 +61,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert len(said.splitlines()) > 5
 
 
-@pytest.mark.parametrize("stage", ["lam", "sequence", "translator", "joint", "all"])
+@pytest.mark.parametrize("stage", ["lam", "sequence", "translator", "joint", "all", "policy"])
 def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert end_of(["train", stage, "--help"]) == 0
     assert f"usage: flexlam-fast train {stage}" in capsys.readouterr().out
@@ -75,6 +75,18 @@ def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) ->
         (["rollout", "--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (["rollout", "--device", "warp"], "device: expected one that this machine has, got 'warp'"),
         (["reconstruct", "--checkpoint", "nope", "--data", "x"], "nope: expected a directory or one of"),
+        (["reconstruct", "nope", "--data", "x"], "nope: expected a directory or one of"),
+        (["reconstruct", "--data", "x", "nope", "--seed", "1"], "nope: expected a directory or one of"),
+        (["reconstruct", "nope/", "--checkpoint", "./nope", "--data", "x"], "nope: expected a directory or one of"),
+        (
+            ["reconstruct", "a", "--checkpoint", "b", "--data", "x"],
+            "checkpoint: expected one, got 'a' and --checkpoint 'b'",
+        ),
+        (["rollout", "nope"], "nope: expected a directory or one of"),
+        (["rollout", "a", "--checkpoint", "b"], "checkpoint: expected one, got 'a' and --checkpoint 'b'"),
+        (["reconstruct", "--seed", "-1", "--data", "x"], "x/manifest.json: expected the manifest"),
+        (["train", "policy", "--output", "run"], "run: expected a latent action model, .* flexlam-fast train lam "),
+        (["train", "policy", "--output", "run", "--export-dtype", "int8"], "export_dtype: expected one of float32"),
         (["collect", "--output", "x", "--scenarios", "doom"], "scenarios: expected some of"),
         (["pack", "--videos", "x", "--output", "y", "--size", "0"], "size: expected an integer in 1..4096, got 0"),
     ],
@@ -176,3 +188,45 @@ def test_reconstruct_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(label in said for label in ("copy o_t", "k=0", "k=16", "5 held-out transitions"))
     assert "k=4" not in said
     assert sorted(p.name for p in Path(folder).iterdir()) == ["reconstruct.json", "reconstruct.md", "strip.png"]
+
+
+def test_every_train_command_takes_the_lam_of_whatever_holds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From data without labels to a strip, and from one run to the next."""
+    pytest.importorskip("pyarrow")
+    from small import small_config, small_data
+
+    monkeypatch.chdir(tmp_path)
+    small_config().to_json(tmp_path / "small.json")
+    small_data(tmp_path / "data", 6)
+    steps = ["--steps", "2", "--batch", "4", "--validate-every", "1", "--save-every", "1", "--device", "cpu"]
+    train = ["--data", "data", "--config", "small.json", *steps]
+    assert end_of(["train", "sequence", *train, "--output", "run"]) == 2
+    needed = "run: expected a latent action model, got a run without a checkpoint of stage lam"
+    assert f"{needed}; flexlam-fast train lam --data DATA --output run makes it" in capsys.readouterr().err
+    assert end_of(["train", "translator", *train, "--labels", "8", "--output", "run"]) == 2
+    assert needed in capsys.readouterr().err
+    assert end_of(["train", "lam", *train, "--output", "run"]) == 0
+    for given, taken in (
+        ("run", "run/lam/best (of best and last)"),
+        ("run/lam", "run/lam/best (of best and last)"),
+        ("run/lam/last", "run/lam/last"),
+    ):
+        capsys.readouterr()
+        assert end_of(["reconstruct", given, "--data", "data", "--transitions", "4", "--budgets", "4"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"a latent action model from {taken}"
+    assert end_of(["train", "sequence", *train, "--lam", "run/lam", "--output", "next"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "a latent action model from run/lam/best (of best and last)"
+    assert end_of(["train", "joint", *train, "--labels", "8", "--output", "run"]) == 0
+    assert end_of(["train", "sequence", *train, "--output", "run"]) == 0
+    assert "a latent action model from run/joint/best (of best and last)" in capsys.readouterr().out
+    assert end_of(["rollout", "run"]) == 2
+    assert "run: expected a policy, got a run of stages apart; flexlam-fast train policy" in capsys.readouterr().err
+    assert end_of(["train", "policy", "--output", "run"]) == 0
+    assert end_of(["train", "sequence", *train, "--lam", "run/policy", "--output", "third"]) == 0
+    assert end_of(["train", "sequence", *train, "--lam", "run/sequence", "--output", "other"]) == 2
+    assert "run/sequence/best: expected a latent action model, got a sequence model" in capsys.readouterr().err
+    assert end_of(["train", "sequence", *train, "--lam", "vizdoom-tiny", "--output", "other"]) == 2
+    assert "data: expected frames [64, 64, 3], got [16, 16, 3]" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from evaluate_cases import frames_of
 
 from flexlam_fast.config import BottleneckConfig, DecoderConfig, EncoderConfig, FlexLAMConfig
 from flexlam_fast.errors import BudgetError, DataError, InputError
+from flexlam_fast.evaluate import reconstruct as reconstruct_module
 from flexlam_fast.evaluate.decoding import Pairs, decode_at
 from flexlam_fast.evaluate.fidelity import CEILING_DB, change, psnr, ssim
 from flexlam_fast.evaluate.reconstruct import Reconstruction, reconstruct_lam
@@ -107,15 +110,65 @@ def test_reconstruction_refuses(store: Any, tmp_path: Path) -> None:
     lam = lively()
     with pytest.raises(BudgetError, match=r"budgets: expected an integer in 0..4, got 5"):
         reconstruct_lam(lam, store, (0, 5), progress=False)
-    with pytest.raises(InputError, match="transitions: expected at least 4"):
-        reconstruct_lam(lam, store, (0,), transitions=1, progress=False)
+    for budgets in ((), (1, 1), 4, "12", object()):
+        with pytest.raises(InputError, match="budgets: expected"):
+            reconstruct_lam(lam, store, budgets, output=tmp_path / "out", progress=False)  # type: ignore[arg-type]
+    wrong = {
+        "transitions": (3, 0, -1, 2.5, float("nan"), float("inf"), True, None, "8", 2**40),
+        "seed": (-1, 0.5, True, 2**64),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(BudgetError, match=rf"^{name}: expected an integer in \d+\.\.\d+, got"):
+                reconstruct_lam(lam, store, (0,), output=tmp_path / "out", progress=False, **{name: value})
+    for bad in (-1, True, 0.5, float("nan"), 2**70, None):
+        with pytest.raises(BudgetError, match=r"budgets: expected an integer in 0..4, got"):
+            reconstruct_lam(lam, store, (0, bad), output=tmp_path / "out", progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
     from flexlam_fast.data.store import EpisodeStore, EpisodeWriter
 
     with EpisodeWriter(tmp_path / "other", (32, 32, 3), ()) as writer:
         writer.add(np.zeros((9, 32, 32, 3), np.uint8), None, None, "a", "test")
-    with pytest.raises(DataError, match=r"expected frames \[64, 64, 3\], got \[32, 32, 3\]"):
+    with pytest.raises(
+        DataError, match=r"expected frames \[64, 64, 3\], got \[32, 32, 3\]; flexlam-fast pack --size 64"
+    ):
         reconstruct_lam(lam, EpisodeStore.open(tmp_path / "other"), (0,), progress=False)
     with EpisodeWriter(tmp_path / "train", (64, 64, 3), ()) as writer:
         writer.add(np.zeros((9, 64, 64, 3), np.uint8), None, None, "a", "train")
-    with pytest.raises(DataError, match="expected at least 4 transitions in the test split, got 0"):
+    with pytest.raises(DataError, match="expected at least 4 transitions in the test split, got 0; pack keeps"):
         reconstruct_lam(lam, EpisodeStore.open(tmp_path / "train"), (0,), progress=False)
+
+
+def test_left_out_budgets_are_those_of_the_model(store: Any) -> None:
+    result = reconstruct_lam(lively(), store, transitions=np.int64(5), progress=False)  # type: ignore[arg-type]
+    assert [row.label for row in result.rows] == ["copy o_t", "k=0", "k=1", "k=2", "k=4"]
+    assert result.transitions == 5
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_small_frames_have_a_table_and_a_strip(size: int, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from flexlam_fast.data.store import EpisodeStore, EpisodeWriter
+
+    encoder, decoder = (dataclasses.replace(part, patch=8) for part in (SMALL.encoder, SMALL.decoder))
+    sequence = dataclasses.replace(SMALL.sequence, patch=size // 2)
+    cfg = dataclasses.replace(SMALL, frame=size, encoder=encoder, decoder=decoder, sequence=sequence)
+    long = "holidays in the mountains/" + "of_many_words_" * 9
+    film = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), dtype=np.uint8)
+    with EpisodeWriter(tmp_path / "data", (size, size, 3), ()) as writer:
+        for task in (long, "\u0431\u0435\u0433", "", "x" * 400):
+            writer.add(film, None, None, task, "test")
+    data = EpisodeStore.open(tmp_path / "data")
+    result = reconstruct_lam(LatentActionModel(cfg).eval(), data, (0, 4), output=tmp_path / "out", progress=False)
+    assert all(np.isfinite(score.mean) for row in result.rows for part in (row.every, row.moving) for score in part)
+    assert (tmp_path / "out" / "strip.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_installed_is_said_before_the_work(store: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    for name in ("PIL", "torchmetrics"):
+        with monkeypatch.context() as hidden:
+            hidden.setitem(sys.modules, name, None)
+            hidden.setattr(reconstruct_module, "decode_at", None)
+            with pytest.raises(DataError, match=name):
+                reconstruct_lam(lively(), store, (0,), output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evaluate_cases import frames_of
 
-from flexlam_fast.evaluate.strip import GAP, HEAD, LABEL, MARGIN, StripRow, pick, strip_png
+from flexlam_fast.evaluate.strip import GAP, HEAD, LABEL, MARGIN, StripRow, fit_label, pick, strip_png
 
 
 def test_pick_prefers_movement_to_cuts_and_stillness() -> None:
@@ -28,3 +28,12 @@ def test_strip_shows_the_frames_enlarged() -> None:
         left = MARGIN + LABEL + column * (128 + GAP) + (GAP if column > 1 else 0)
         assert np.array_equal(pixels[top : top + 128 : 2, left : left + 128 : 2], tile)
         assert np.array_equal(pixels[top + 1 : top + 129 : 2, left + 1 : left + 129 : 2], tile)
+
+
+def test_labels_stay_beside_their_tiles() -> None:
+    assert fit_label("health_gathering", 6) == "health\ngathering"
+    assert fit_label("robot arm/2023-04 day one", 6) == "robot arm/\n2023-04 day\none"
+    long = fit_label("many_words_" * 30 + "x" * 400, 6).split("\n")
+    assert len(long) == 6
+    assert max(map(len, long)) <= 14
+    assert long[-1].endswith("...")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from small import small_config
 
 from flexlam_fast import graphs
 from flexlam_fast.backend import TRITON
+from flexlam_fast.graphs import GraphedLoop
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.loop import DecisionLoop, How, Stages
 from flexlam_fast.ops import gradients, linear, paged, sampling
@@ -95,6 +99,33 @@ def test_graphs_are_for_fused_kernels_on_a_gpu_only() -> None:
     policy = Policy(CFG, graphs=True)
     assert policy.graphed is None
     assert "graph" not in policy.describe()
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda loop: pickle.loads(pickle.dumps(loop))])
+def test_a_copy_has_no_graphs_yet(monkeypatch: pytest.MonkeyPatch, way: Callable[[GraphedLoop], GraphedLoop]) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Event", object)
+    graphed = GraphedLoop(DecisionLoop(CFG, 1, torch.device("cpu"), torch.float32, torch.float32, 0))
+    graphed.captured["a graph",] = object()  # type: ignore[assignment]
+    twin = way(graphed)
+    assert not twin.captured
+    assert twin.pool is not graphed.pool
+    assert (twin.loop is graphed.loop) == (way is copy.copy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_a_copy_captures_its_own_graphs(way: Callable[[Policy], Policy], backend: str) -> None:
+    policy, plain = (Policy(CFG, device="cuda", graphs=graphed, backend=backend) for graphed in (True, False))
+    frames = torch.randint(0, 256, (12, 1, 16, 16, 3), dtype=torch.uint8)
+    for frame in frames[:6]:
+        policy.act(frame, 4)
+        plain.act(frame, 4)
+    twin = way(policy)
+    found = [[p.act(frame, 4) for frame in frames[6:]] for p in (plain, twin, policy)]
+    for expected, *others in zip(*found, strict=True):
+        assert all(torch.equal(expected.codes, other.codes) for other in others)
 
 
 @pytest.mark.gpu

@@ -39,6 +39,7 @@ ROWS = (
         "pretrained",
         "policy",
         "checkpoint",
+        "run_folder",
         "swapped",
         "greedy",
         "accelerate_fsq",

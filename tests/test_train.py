@@ -28,6 +28,7 @@ from flexlam_fast.policy import Policy
 from flexlam_fast.train import commands
 from flexlam_fast.train.codes import encode_dataset
 from flexlam_fast.train.commands import RunOptions
+from flexlam_fast.train.export import load_lam
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Trainer
@@ -94,7 +95,7 @@ def test_the_sequence_model_learns(run: Path) -> None:
 
 def test_the_exported_policy_is_the_trained_stages(run: Path, data: EpisodeStore) -> None:
     policy = Policy.from_pretrained(run / "policy")
-    for part, place in (("lam", "lam/last"), ("sequence", "sequence/last"), ("translator", "translator/best")):
+    for part, place in (("lam", "lam/best"), ("sequence", "sequence/best"), ("translator", "translator/best")):
         trained = load_checkpoint(run / place).tensors
         assert all(torch.equal(policy.state()[f"{part}.{k}"], v) for k, v in trained.items())
     policy.reset(1)
@@ -102,7 +103,7 @@ def test_the_exported_policy_is_the_trained_stages(run: Path, data: EpisodeStore
 
 
 def test_codes_are_encoded_once_and_as_the_policy_does(run: Path, data: EpisodeStore) -> None:
-    lam = commands.load_lam(run / "lam" / "last")
+    lam = load_lam(run)
     before = sorted((run / "codes").iterdir())
     codes = encode_dataset(lam, data, run / "codes", CPU)
     assert sorted((run / "codes").iterdir()) == before

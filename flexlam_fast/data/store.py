@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +142,46 @@ class EpisodeStore:
         ranges = [np.arange(e.first, e.first + e.frames - 1, dtype=np.int64) for e in chosen]
         return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
+    def expect_transitions(self, split: str, least: int) -> NDArray[np.int64]:
+        """:meth:`transitions` of a split that must have at least so many.
+
+        Raises:
+            DataError: it has fewer.
+        """
+        found = self.transitions(split)
+        if len(found) < least:
+            hint = "; pack keeps one video of two or more for it" if split == "test" else ""
+            raise DataError(
+                f"{self.path}: expected at least {least} transitions in the {split} split, got {len(found)}{hint}"
+            )
+        return found
+
+    def check_frames(self, size: int, channels: int) -> None:
+        """Check that frames are ``[size, size, channels]``, as a model takes them.
+
+        Raises:
+            DataError: they are not.
+        """
+        wanted, got = (size, size, channels), self.frame_shape
+        if got != wanted:
+            hint = f"; flexlam-fast pack --size {size} makes such" if channels == got[2] else ""
+            raise DataError(f"{self.path}: expected frames {list(wanted)}, got {list(got)}{hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, or from a file, the data set is opened again: its frames are not copied."""
+        return _reopen, (type(self), self.path.absolute(), self.fingerprint)
+
+    def __copy__(self) -> Self:
+        """Share the frames, which cannot be written."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        for name in ("actions", "rewards", "previous_actions"):
+            setattr(twin, name, getattr(self, name).copy())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
     def verify(self) -> None:
         """Read every frame and compare it with the sums in the manifest.
 
@@ -155,6 +195,13 @@ class EpisodeStore:
                     raise DataError(
                         f"{shown(path)}: expected the frames that were written, got other bytes (sha256 differs)"
                     )
+
+
+def _reopen(kind: type[EpisodeStore], path: Path, fingerprint: str) -> EpisodeStore:
+    store = kind.open(path)
+    if store.fingerprint != fingerprint:
+        raise DataError(f"{path}: expected the data set that was pickled, got another that has taken its place")
+    return store
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexlam_fast.checks import check_budget
+from flexlam_fast.checks import check_budget, describe
 from flexlam_fast.errors import InputError
 from flexlam_fast.lam import LatentActionModel
 
@@ -34,6 +34,8 @@ def check_budgets(budgets: Sequence[int], slots: int) -> tuple[int, ...]:
         BudgetError: for one outside ``0..K``.
         InputError: for none, or one that comes twice.
     """
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise InputError(f"budgets: expected integers, got {describe(budgets)}")
     chosen = tuple(check_budget("budgets", k, 0, slots) for k in budgets)
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"budgets: expected at least one, each once, got {chosen}")

@@ -13,18 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from flexlam_fast.checks import check_budget
+from flexlam_fast.data.extras import need
 from flexlam_fast.data.store import EpisodeStore
-from flexlam_fast.errors import DataError, InputError
 from flexlam_fast.evaluate.decoding import Pairs, check_budgets, decode_at
 from flexlam_fast.evaluate.fidelity import change, psnr, ssim
 from flexlam_fast.evaluate.files import make_folder, write
-from flexlam_fast.evaluate.load import load_policy
+from flexlam_fast.evaluate.load import load_lam
 from flexlam_fast.evaluate.strip import StripRow, pick, save_strip, strip_rows
 from flexlam_fast.evaluate.summary import Score, score
 from flexlam_fast.lam import LatentActionModel
 
 #: Transitions decoded at once.
 CHUNK = 64
+#: Transitions that are asked for at least: the half that moves has an interval only if it is two.
+FEWEST = 4
 COPY = "copy o_t"
 NOTE = (
     "PSNR and SSIM are means over images with 95% intervals, data range 255, the same noise at every k; an identical "
@@ -81,10 +84,10 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    checkpoint: str,
+    checkpoint: str | Path,
     data: Path,
     *,
-    budgets: tuple[int, ...] = (0, 1, 2, 4, 8, 16),
+    budgets: tuple[int, ...] | None = None,
     transitions: int = 256,
     seed: int = 0,
     output: Path | None = Path("out/reconstruct"),
@@ -94,9 +97,9 @@ def reconstruct(
     """Decode held-out transitions at several budgets and compare them with the truth.
 
     Args:
-        checkpoint: a directory, or the name of a shipped checkpoint.
+        checkpoint: a run, its stage lam or joint, a checkpoint of it, a policy, or the name of a shipped one.
         data: a data set of packed episodes; its test split is used.
-        budgets: values of k; 0 decodes from nulls alone.
+        budgets: values of k; 0 decodes from nulls alone; None takes 0, 1, 2, 4, ... and K.
         transitions: how many, drawn from the test split; all of them if there are fewer.
         seed: of the draw and of the noise.
         output: folder for reconstruct.json, reconstruct.md and strip.png.
@@ -109,16 +112,14 @@ def reconstruct(
     Raises:
         FlexLAMError: one sentence for whatever cannot be read, written, or has the wrong size.
     """
-    lam = load_policy(checkpoint, device).lam
-    return reconstruct_lam(
-        lam, EpisodeStore.open(data), budgets, transitions=transitions, seed=seed, output=output, progress=progress
-    )
+    lam, store = load_lam(checkpoint, device), EpisodeStore.open(data)
+    return reconstruct_lam(lam, store, budgets, transitions=transitions, seed=seed, output=output, progress=progress)
 
 
 def reconstruct_lam(
     lam: LatentActionModel,
     store: EpisodeStore,
-    budgets: Sequence[int],
+    budgets: Sequence[int] | None = None,
     *,
     transitions: int = 256,
     seed: int = 0,
@@ -126,9 +127,12 @@ def reconstruct_lam(
     progress: bool = True,
 ) -> Reconstruction:
     """Do what :func:`reconstruct` does with a model and a data set that are open already."""
-    chosen = check_budgets(budgets, lam.cfg.bottleneck.slots)
+    bottleneck = lam.cfg.bottleneck
+    chosen = check_budgets((0, *bottleneck.ladder) if budgets is None else budgets, bottleneck.slots)
     indices = _draw(lam, store, transitions, seed)
+    need("torchmetrics")
     if output is not None:
+        need("PIL")  # better now than after the work
         make_folder(output)
     parts: list[Tensor] = []
     moves: list[Tensor] = []
@@ -148,14 +152,10 @@ def reconstruct_lam(
 
 
 def _draw(lam: LatentActionModel, store: EpisodeStore, transitions: int, seed: int) -> NDArray[np.int64]:
-    if transitions < 4 or seed < 0:
-        raise InputError(f"transitions: expected at least 4, and seed at least 0, got {transitions} and {seed}")
-    size = (lam.cfg.frame, lam.cfg.frame, lam.cfg.channels)
-    if tuple(store.frame_shape) != size:
-        raise DataError(f"{store.path}: expected frames {list(size)}, got {list(store.frame_shape)}")
-    available = store.transitions("test")
-    if len(available) < 4:
-        raise DataError(f"{store.path}: expected at least 4 transitions in the test split, got {len(available)}")
+    check_budget("transitions", transitions, FEWEST, 2**31 - 1)
+    check_budget("seed", seed, 0, 2**32 - 1)
+    store.check_frames(lam.cfg.frame, lam.cfg.channels)
+    available = store.expect_transitions("test", FEWEST)
     count = min(transitions, len(available))
     return np.sort(np.random.default_rng(seed).choice(available, count, replace=False))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,13 +80,19 @@ def draw_strip(rows: Sequence[StripRow], budgets: Sequence[int]) -> Any:
     _head(pen, lefts, wide, budgets)
     for number, row in enumerate(rows):
         top = MARGIN + HEAD + number * (tall + CAPTION + GAP)
-        words = row.label.replace("_", "\n")
+        words = fit_label(row.label, tall // 20)
         pen.multiline_text((MARGIN, top + tall / 2), words, INK, font=_font(15), anchor="lm", spacing=5)
         for left, tile, caption in zip(lefts, row.tiles, row.captions, strict=True):
             picture = image_module.fromarray(np.ascontiguousarray(tile))
             image.paste(picture.resize((wide, tall), image_module.Resampling.NEAREST), (left, top))
             pen.text((left + wide / 2, top + tall + 4), caption, MUTED, font=_font(13), anchor="ma")
     return image
+
+
+def fit_label(label: str, lines: int) -> str:
+    """The name of a task, such as the path of a folder, in at most so many lines of 14 letters beside its tiles."""
+    words = re.sub(r"[_\s]+", " ", label.replace("/", "/ "))
+    return textwrap.fill(words, 14, max_lines=max(lines, 1), placeholder="...")
 
 
 def strip_png(rows: Sequence[StripRow], budgets: Sequence[int]) -> bytes:

@@ -1,4 +1,4 @@
-"""The commands ``flexlam-fast train {lam,sequence,translator,joint,all}``.
+"""The commands ``flexlam-fast train {lam,sequence,translator,joint,all,policy}``.
 
 A run directory holds one folder a stage (``lam``, ``sequence``, ``translator``, ``joint``), the encoded ``codes``, and
 ``policy``, the finished checkpoint. Every command resumes where it was stopped when it is given again.
@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from flexlam_fast.backend import find_device
-from flexlam_fast.checkpoint import load_checkpoint
+from flexlam_fast.checkpoint import copy_tensors
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
-from flexlam_fast.errors import CheckpointError, ConfigError, InputError
+from flexlam_fast.errors import ConfigError, InputError
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.layers import training_backend
-from flexlam_fast.policy import DTYPES, Policy
+from flexlam_fast.manifest import MODEL
+from flexlam_fast.run_folder import LAM, TRANSLATOR, Found, checkpoints_of, find_in_run, find_stage
 from flexlam_fast.train.codes import encode_dataset, fingerprint
+from flexlam_fast.train.export import check_dtype, export, frozen
 from flexlam_fast.train.joint import JointModel, JointStage
 from flexlam_fast.train.lam import LamStage
 from flexlam_fast.train.loop import Stage, Trainer
@@ -33,7 +35,7 @@ from flexlam_fast.train.recipes import COLLECTION, LABELS, RECIPES, Recipe
 from flexlam_fast.train.sequence import SequenceStage
 from flexlam_fast.train.translator import TranslatorStage, check_actions, choose_labels
 from flexlam_fast.translator import Translator
-from flexlam_fast.values import check_choice, check_number, check_path, make_folder
+from flexlam_fast.values import check_number, check_path, make_folder
 
 #: A larger weight of the action loss leaves nothing of the LAM's own.
 MAX_WEIGHT = 1e6
@@ -54,10 +56,11 @@ def sequence(options: RunOptions, lam: Path | None = None) -> None:
 
     Args:
         options: of the run.
-        lam: a LAM checkpoint; left out, the run's own, from joint alignment where there is one.
+        lam: a LAM: another run, its stage lam or joint, a checkpoint of it, or a policy; left out, this run's own,
+            from joint alignment where there is one.
     """
     store, recipe, device, peers = _begin(options, "sequence", lam=lam)
-    model = load_lam(lam or _own_lam(options.output)).to(device)
+    model = _lam(find_stage(lam, LAM) if lam else find_in_run(options.output, LAM, finished=False), peers).to(device)
     codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
     stage = SequenceStage(model.cfg, store, codes, recipe.batch, options.seed, device, source, peers)
@@ -73,11 +76,11 @@ def translator(
         options: of the run.
         labels: below 1 a share of the transitions (the paper: 0.00025), otherwise a count; left out, the preset's.
         labels_from: take all labels from this task (the narrow-source test); left out, equally from every task.
-        lam: a LAM checkpoint; left out, the run's own.
+        lam: as for the sequence model; left out, the run's own, from stage lam.
     """
     check_label_options(labels, labels_from)
     store, recipe, device, peers = _begin(options, "translator", lam=lam)
-    model = load_lam(lam or options.output / "lam" / "last").to(device)
+    model = _lam(find_stage(lam or options.output / LAM, LAM), peers).to(device)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
@@ -102,12 +105,13 @@ def joint(
     check_label_options(labels, labels_from)
     check_number("weight", weight, 0, MAX_WEIGHT)
     store, recipe, device, peers = _begin(options, "joint")
-    model = load_lam(options.output / "lam" / "last").requires_grad_(True)
+    model = _lam(find_stage(options.output / LAM, LAM), peers).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = Translator(model.cfg)
-    if (options.output / "translator" / "best").exists():
-        head.load_state_dict(load_checkpoint(options.output / "translator" / "best").tensors)
+    if checkpoints_of(options.output / TRANSLATOR):
+        found = find_stage(options.output / TRANSLATOR, TRANSLATOR)
+        copy_tensors(str(found.path / MODEL), head.state_dict(), found.tensors)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     source = fingerprint(model)
     both = JointModel(model, head)
@@ -133,7 +137,7 @@ def all_stages(
     """
     if any(value is not None for value in (options.steps, options.batch, options.lr)):
         raise InputError("train all: expected no steps, batch or lr (they differ by stage), got one of them")
-    check_choice("export_dtype", export_dtype, DTYPES)
+    dtype = check_dtype(export_dtype)
     check_label_options(labels, labels_from)
     options.check()
     cfg, device = _config(options), _device(options)
@@ -146,48 +150,17 @@ def all_stages(
     align = joint if with_joint else translator
     align(options, labels, labels_from)
     sequence(options)
-    peers.first(lambda: export(options.output, DTYPES[export_dtype]))
+    peers.first(lambda: export(options.output, dtype))
 
 
-def export(run: Path, dtype: torch.dtype = torch.float16) -> Policy:
-    """Put the stages of a run together as a policy and write it to ``run/policy``.
+def policy(output: Path, export_dtype: str = "float16") -> None:
+    """Put the trained stages of a run together and write ``output/policy``, as ``all`` does at its end.
 
     Args:
-        run: a run directory with lam (or joint), sequence and translator trained.
-        dtype: of the stored weights.
-
-    Raises:
-        CheckpointError: a stage is missing.
+        output: the run directory.
+        export_dtype: of the weights: float16, bfloat16 or float32.
     """
-    model = load_lam(_own_lam(run))
-    policy = Policy(model.cfg)
-    policy.lam.load_state_dict(model.state_dict())
-    policy.sequence.load_state_dict(load_checkpoint(run / "sequence" / "last").tensors)
-    if (run / "joint" / "best").exists():
-        found = load_checkpoint(run / "joint" / "best").tensors
-        head = {k.removeprefix("translator."): v for k, v in found.items() if k.startswith("translator.")}
-    else:
-        head = load_checkpoint(run / "translator" / "best").tensors
-    policy.translator.load_state_dict(head)
-    policy.save_pretrained(run / "policy", dtype=dtype)
-    print(f"{run / 'policy'}: {policy.describe()}")
-    return policy
-
-
-def load_lam(directory: Path) -> LatentActionModel:
-    """Load a frozen LAM from the checkpoint of stage ``lam`` or ``joint``.
-
-    Raises:
-        CheckpointError: nothing there, or not a LAM.
-    """
-    found = load_checkpoint(directory)
-    model = LatentActionModel(FlexLAMConfig.from_json(found.config_json), "reference")
-    tensors = {k.removeprefix("lam."): v for k, v in found.tensors.items() if not k.startswith("translator.")}
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{directory}: expected a LAM, got other weights: {error}") from None
-    return model.eval().requires_grad_(False)
+    export(output, check_dtype(export_dtype))
 
 
 class _Start(NamedTuple):
@@ -211,8 +184,11 @@ def _begin(options: RunOptions, stage: str, lam: Path | None = None) -> _Start:
     return _Start(store, recipe, device, Peers.join(device))
 
 
-def _own_lam(run: Path) -> Path:
-    return run / "joint" / "best" if (run / "joint" / "best").exists() else run / "lam" / "last"
+def _lam(found: Found, peers: Peers) -> LatentActionModel:
+    """The frozen LAM that has been found, said aloud."""
+    if peers.rank == 0:
+        print(found, flush=True)
+    return frozen(found)
 
 
 def _device(options: RunOptions) -> torch.device:
@@ -234,6 +210,7 @@ def _encode(
     options: RunOptions, model: LatentActionModel, store: EpisodeStore, device: torch.device, peers: Peers
 ) -> NDArray[np.int32]:
     """The codes of the data, encoded by the first process where they are not there yet."""
+    store.check_frames(model.cfg.frame, model.cfg.channels)
     folder = options.output / "codes"
     peers.first(lambda: encode_dataset(model, store, folder, device))
     return encode_dataset(model, store, folder, device)

@@ -13,7 +13,6 @@ from torch import Tensor
 from flexlam_fast.bottleneck import sample_prefix
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.data.store import EpisodeStore
-from flexlam_fast.errors import DataError
 from flexlam_fast.flow import logit_normal
 from flexlam_fast.lam import LamLoss, LatentActionModel
 from flexlam_fast.ops.draws import draw_normal, draw_uniform
@@ -106,13 +105,8 @@ def transitions(store: EpisodeStore, split: str, cfg: FlexLAMConfig) -> NDArray[
     Raises:
         DataError: frames of another size, or a split without a single transition.
     """
-    wanted = (cfg.frame, cfg.frame, cfg.channels)
-    if tuple(store.frame_shape) != wanted:
-        raise DataError(f"{store.path}: expected frames {list(wanted)}, got {list(store.frame_shape)}")
-    found = store.transitions(split)
-    if not len(found):
-        raise DataError(f"{store.path}: expected {split} transitions, got none")
-    return found
+    store.check_frames(cfg.frame, cfg.channels)
+    return store.expect_transitions(split, 1)
 
 
 def lam_batch(

@@ -23,6 +23,7 @@ from flexlam_fast.checkpoint import load_checkpoint, match_tensors, recover_chec
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.errors import CheckpointError, FlexLAMError
 from flexlam_fast.layers import set_backend, training_backend
+from flexlam_fast.run_folder import BEST, LAST, TRAINER
 from flexlam_fast.train.loader import Loader
 from flexlam_fast.train.metrics import MetricsLog
 from flexlam_fast.train.options import PRECISIONS
@@ -30,8 +31,6 @@ from flexlam_fast.train.peers import LostPeer, Peers, is_loss_of_peer, whole
 from flexlam_fast.train.recipes import Recipe
 from flexlam_fast.train.step import GraphedStep, Step
 from flexlam_fast.values import check_choice, make_folder
-
-TRAINER = "trainer.json"
 
 
 class Interrupted(FlexLAMError, RuntimeError):
@@ -210,7 +209,7 @@ class Trainer:
                     best = self._validate(done, best)
                 self.progress = Progress(done, best)
                 if saves or (looks and stopped):
-                    self.save("last")
+                    self.save(LAST)
                 bar.update()
                 if looks and stopped and not last:
                     raise Interrupted(f"{self.stage.name}: told to end at step {done}; the same command resumes")
@@ -242,14 +241,14 @@ class Trainer:
         if metrics["val/loss"] < best:
             best = metrics["val/loss"]
             self.progress = Progress(done, best)
-            self.save("best")
+            self.save(BEST)
         return best
 
     def save(self, name: str) -> None:
         """Write weights, optimiser and progress to ``directory/name``, in one step that a kill cannot split."""
         weights = {n: whole(t) for n, t in self.stage.model.state_dict().items()}
         named = {id(p): n for n, p in self.parameters.items()}
-        states = self.step.optimizer.state.items() if name == "last" else ()
+        states = self.step.optimizer.state.items() if name == LAST else ()
         moments = {f"{named[id(p)]}|{k}": whole(v) for p, state in states for k, v in state.items()}
         notes = json.dumps({**self._identity(), **self.progress._asdict()}, sort_keys=True)
         self.peers.first(
@@ -257,7 +256,7 @@ class Trainer:
                 self.directory / name,
                 weights,
                 self.stage.cfg.to_json(),
-                extra_tensors={"optimizer": moments} if name == "last" else {},
+                extra_tensors={"optimizer": moments} if name == LAST else {},
                 extra_text={TRAINER: notes},
             )
         )
@@ -267,7 +266,7 @@ class Trainer:
 
     def _resume(self) -> dict[str, Tensor]:
         """Take the weights and the progress of ``last`` where there is one; return what the optimiser kept."""
-        last = self.directory / "last"
+        last = self.directory / LAST
         self.peers.first(lambda: recover_checkpoint(last))
         if not last.exists():
             return {}
