@@ -37,3 +37,7 @@ def test_labels_stay_beside_their_tiles() -> None:
     assert len(long) == 6
     assert max(map(len, long)) <= 14
     assert long[-1].endswith("...")
+    image_module, tiles = pytest.importorskip("PIL.Image"), tuple(np.zeros((4, 64, 64, 3), np.uint8))
+    strip = strip_png([StripRow("x" * 400, tiles, ("", "", "", ""))], (1, 4))
+    pixels, right = np.asarray(image_module.open(io.BytesIO(strip))), MARGIN + LABEL + 128
+    assert (pixels[MARGIN + HEAD :, right : right + GAP] == 255).all()
