@@ -84,6 +84,16 @@ def _triton(kind: str) -> BackendStatus:
     return BackendStatus(TRITON, False, f"Triton compiles for GPUs, not for {kind}")
 
 
+def check_weights_dtype(name: str, dtype: object) -> None:
+    """Check that weights can have a dtype.
+
+    Raises:
+        InputError: ``dtype: expected float32, bfloat16, float16, got torch.int8``.
+    """
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        raise InputError(f"{name}: expected {', '.join(DTYPES)}, got {shown(dtype)}")
+
+
 def named(backend: object) -> str:
     """Return the backend that a call asks for by name; None is ``auto``.
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flexlam_fast import manifest
-from flexlam_fast.backend import DTYPES
+from flexlam_fast.backend import check_weights_dtype
 from flexlam_fast.errors import CheckpointError, InputError, StorageError
 from flexlam_fast.manifest import CONFIG, MANIFEST, MODEL
 
@@ -124,8 +124,8 @@ def save_weights(
         InputError: another ``dtype`` than float32, bfloat16 or float16.
         StorageError: as :func:`save_checkpoint`.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise InputError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype}")
+    if dtype is not None:
+        check_weights_dtype("dtype", dtype)
     cast = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in tensors.items()}
     return save_checkpoint(directory, cast, config_json, extra_text=notes)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.ambient import isolated, outside_autocast
-from flexlam_fast.backend import AUTO, DTYPES, REFERENCE, choose, find_device
+from flexlam_fast.backend import AUTO, REFERENCE, check_weights_dtype, choose, find_device
 from flexlam_fast.bottleneck import Bottleneck, Quantized
 from flexlam_fast.capture import GraphedFunction
 from flexlam_fast.checkpoint import copy_tensors, save_weights
@@ -85,9 +85,8 @@ class LatentActionModel(nn.Module):
     @classmethod
     def of(cls, found: Found, *, device: torch.device | str, dtype: torch.dtype, backend: str) -> Self:
         """:meth:`from_pretrained` of what has been found."""
-        if dtype not in DTYPES.values():
-            raise InputError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
-        where = find_device(str(device))
+        check_weights_dtype("dtype", dtype)
+        where = find_device(device)
         taken = choose(backend, where).name
         lam = cls.loaded(found, backend)
         lam.settle(where, dtype, taken)

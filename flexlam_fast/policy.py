@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flexlam_fast.ambient import fp32_by_default, isolated
-from flexlam_fast.backend import DTYPES, TRITON, choose, find_device
+from flexlam_fast.backend import DTYPES as DTYPES
+from flexlam_fast.backend import TRITON, check_weights_dtype, choose, find_device
 from flexlam_fast.checks import check_budget, check_finite, check_number, check_tensor, describe
 from flexlam_fast.config import FlexLAMConfig, check_config
 from flexlam_fast.deadline import LatencyTable, measure
@@ -69,8 +70,7 @@ class Policy(Pretrained):
             InputError: another dtype.
         """
         for name, kind in (("dtype", dtype), ("pages", dtype if pages is None else pages)):
-            if not isinstance(kind, torch.dtype) or kind not in DTYPES.values():
-                raise InputError(f"{name}: expected {', '.join(DTYPES)}, got {describe(kind)}")
+            check_weights_dtype(name, kind)
         check_config(cfg)
         check_number("seed", seed, *SEEDS, integer=True)
         self.cfg, self.device, self.dtype = cfg, find_device(device), dtype

@@ -91,7 +91,7 @@ class Pretrained:
             InputError: a device that is not here, or another dtype.
         """
         found = find_stage(name, POLICY)
-        policy = cls(found.cfg, device=find_device(str(device)), dtype=dtype, backend=backend)
+        policy = cls(found.cfg, device=find_device(device), dtype=dtype, backend=backend)
         policy.load_state(str(found.path / MODEL), found.tensors)
         return policy
 

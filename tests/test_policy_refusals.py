@@ -62,7 +62,7 @@ def test_what_is_wrong_is_said_in_one_sentence(frames: Any, budget: Any, kind: t
 
 
 def test_wrong_construction_and_resets_are_refused_in_one_sentence() -> None:
-    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16, float16, got dtype torch\.float64$"):
+    with pytest.raises(InputError, match=r"^dtype: expected float32, bfloat16, float16, got torch\.float64$"):
         Policy(small(), dtype=torch.float64)
     with pytest.raises(BackendError, match="^backend: expected one of"):
         Policy(small(), backend="cudnn")

@@ -77,7 +77,7 @@ def test_wrong_sessions_are_refused_in_one_sentence_and_nothing_has_moved() -> N
         policy.open(0)
     with pytest.raises(InputError, match=r"^top_k: expected an integer in 1\.\.20, got 21$"):
         policy.act(frames(3, 0), 1, temperature=1.0, top_k=21)
-    with pytest.raises(InputError, match=r"^pages: expected float32, bfloat16, float16, got dtype torch.float64$"):
+    with pytest.raises(InputError, match=r"^pages: expected float32, bfloat16, float16, got torch.float64$"):
         Policy(CFG, pages=torch.float64)
     policy.close([0, 1, 2])
     with pytest.raises(InputError, match=r"^sessions: expected at least one that acts, got none$"):

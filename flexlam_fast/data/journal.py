@@ -94,7 +94,7 @@ class Journal:
 
     def _write(self, path: Path, mode: str, lines: list[str]) -> None:
         try:
-            with open(path, mode) as file:
+            with path.open(mode) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
