@@ -9,6 +9,8 @@ A data set is a directory::
 
 The action of frame ``i`` is the one taken there, which leads to frame ``i + 1``; -1 where there is none, as always
 at an episode's last frame. Its reward stands beside it; the reward of a last frame is what the end itself brought.
+A video with missing frames is several episodes with the same source; file names are those of
+:func:`flexlam_fast.data.names.to_text`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,14 @@ HIGH_RANGE = (16, 18)
 BT709, BT2020 = 1, 9
 FULL_RANGE = 2
 MAX_STRETCH = 16.0  # width of a pixel over its height, or the other way round; beyond it a file is in error
+
+
+class View(NamedTuple):
+    """A frame and how it is to be shown: turned by a display matrix, with pixels so many times as wide as high."""
+
+    frame: Shown
+    matrix: NDArray[np.int64]
+    pixel_aspect: float
 
 
 class Squares:
@@ -32,15 +40,16 @@ class Squares:
         made = need("av.video.reformatter").VideoReformatter
         self._scaler, self._screen = made(), made()
 
-    def cut(self, frame: Any, pixel_aspect: float) -> NDArray[np.uint8]:
-        """Cut the square from a frame whose pixels are ``pixel_aspect`` times as wide as high."""
-        size = self._size
-        stretch = pixel_aspect if 1 / MAX_STRETCH <= pixel_aspect <= MAX_STRETCH else 1.0
+    def cut(self, view: View) -> NDArray[np.uint8]:
+        """Cut the square from a frame."""
+        size, frame, stretch = self._size, view.frame.picture, view.pixel_aspect
+        stretch = stretch if 1 / MAX_STRETCH <= stretch <= MAX_STRETCH else 1.0
         scale = size / min(frame.width * stretch, frame.height)
         width, height = max(size, round(frame.width * stretch * scale)), max(size, round(frame.height * scale))
         high = int(frame.color_trc) in HIGH_RANGE
-        small = self._scaler.reformat(frame, width, height, "rgb48le" if high else "rgb24", interpolation="AREA")
-        seen = turned(small.to_ndarray(), display_matrix(frame))
+        kind = "rgb48le" if high else "rgb24"
+        small = self._scaler.reformat(frame, width, height, kind, interpolation="AREA")
+        seen = turned(small.to_ndarray(), view.matrix)
         top, left = (seen.shape[0] - size) // 2, (seen.shape[1] - size) // 2
         square = np.ascontiguousarray(seen[top : top + size, left : left + size])
         return self._on_screen(square, frame) if high else square
@@ -49,7 +58,7 @@ class Squares:
         """Convert HDR ``[size,size,3]``; FFmpeg takes seconds for the first, since it makes a table for all colours."""
         high = need("av").VideoFrame.from_ndarray(square, format="rgb48le")
         high.color_trc, high.color_primaries, high.color_range = frame.color_trc, BT2020, FULL_RANGE
-        shown = self._screen.reformat(high, format="rgb24", dst_color_trc=BT709, dst_color_primaries=BT709)
+        shown = self._screen.reformat(high, format="rgb24", dst_color_trc=BT709, dst_color_primaries=BT709, threads=1)
         return shown.to_ndarray()
 
 
@@ -76,26 +85,31 @@ def turned(picture: NDArray[Any], matrix: NDArray[np.int64]) -> NDArray[Any]:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def progressive(reader: VideoReader) -> Iterator[tuple[Shown, float]]:
-    """Yield a video's frames and the shape of their pixels, deinterlaced where they are marked as interlaced.
+def views(reader: VideoReader) -> Iterator[View]:
+    """Yield a video's frames as they are to be shown, deinterlaced where they are marked as interlaced.
 
     Each interlaced frame becomes one frame. The filter looks at the frames before and after; it starts anew where
     frames are missing, or change in size or format.
     """
-    graph, kind = None, None
-    waiting: deque[tuple[Shown, float]] = deque()
+    graph, kind, known = None, None, None
+    matrix = np.eye(2, dtype=np.int64)
+    waiting: deque[View] = deque()
     for frame in reader:
-        picture, aspect = frame.picture, reader.pixel_aspect
+        picture = frame.picture
         now = (picture.width, picture.height, picture.format.name)
+        # Not for each frame: one whose side data was looked at stays in memory until the next garbage collection.
+        if known != (known := (*now, picture.rotation)):
+            matrix = display_matrix(picture)
+        view = View(frame, matrix, reader.pixel_aspect)
         if graph is not None and (frame.apart or now != kind):
             yield from _filtered(graph, None, waiting)
             graph = None
         if graph is None and not picture.interlaced_frame:
-            yield frame, aspect
+            yield view
             continue
         if graph is None:
             graph, kind = _deinterlacer(picture), now
-        waiting.append((frame, aspect))
+        waiting.append(view)
         yield from _filtered(graph, picture, waiting)
     if graph is not None:
         yield from _filtered(graph, None, waiting)
@@ -110,7 +124,7 @@ def _deinterlacer(picture: Any) -> Any:
     return graph
 
 
-def _filtered(graph: Any, picture: Any, waiting: deque[tuple[Shown, float]]) -> Iterator[tuple[Shown, float]]:
+def _filtered(graph: Any, picture: Any, waiting: deque[View]) -> Iterator[View]:
     """Pass a frame through, or the end; what comes out belongs to the frames that went in, one for one."""
     av = need("av")
     graph.push(picture)
@@ -119,5 +133,5 @@ def _filtered(graph: Any, picture: Any, waiting: deque[tuple[Shown, float]]) -> 
             done = graph.pull()
         except (av.BlockingIOError, av.EOFError):
             return
-        frame, aspect = waiting.popleft()
-        yield frame._replace(picture=done), aspect
+        view = waiting.popleft()
+        yield view._replace(frame=view.frame._replace(picture=done))

@@ -128,7 +128,7 @@ class FrameShards:
     def _opened(self, number: int, inside: int) -> IO[bytes]:
         if self._file is None:
             path = self._folder / _name(number)
-            self._file = path.open("r+b" if inside else "w+b")  # noqa: SIM115
+            self._file = path.open("r+b" if inside else "w+b")
             self._file.seek(self._start + inside * self._frame_bytes)
             self._file.truncate()
         return self._file

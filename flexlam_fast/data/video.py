@@ -22,7 +22,7 @@ from flexlam_fast.data.folders import check_target, publish
 from flexlam_fast.data.journal import Entry, Journal, Source, opened
 from flexlam_fast.data.manifest import Episode
 from flexlam_fast.data.names import shown, to_text
-from flexlam_fast.data.picture import Squares, progressive
+from flexlam_fast.data.picture import Squares, views
 from flexlam_fast.data.shards import FrameShards
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.data.writer import complete
@@ -231,7 +231,8 @@ class _Run:
     def _kept(self, reader: VideoReader) -> Iterator[tuple[NDArray[np.uint8], bool]]:
         """Yield the frames that are due by the clock, and whether an episode begins with them."""
         start, due = 0.0, 0
-        for number, (frame, pixel_aspect) in enumerate(progressive(reader)):
+        for number, view in enumerate(views(reader)):
+            frame = view.frame
             fresh = number == 0 or frame.apart
             if fresh:
                 start, due = frame.seconds, 0
@@ -240,7 +241,7 @@ class _Run:
                 if ticks < due:
                     continue
                 due = int(ticks) + 1
-            yield self._squares.cut(frame.picture, pixel_aspect), fresh
+            yield self._squares.cut(view), fresh
 
     def _check(self, video: _Video, frames: int, detail: str) -> None:
         if frames < 2:
