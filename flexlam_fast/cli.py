@@ -266,9 +266,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _leave_lost_directory() -> None:
-    """Go where nothing can be written if the working directory is gone, in which torch and ViZDoom do not even load."""
+    """Go where nothing can be written if the working directory is gone or closed: torch does not even load there."""
     try:
         os.getcwd()
+        os.stat(".")
     except OSError:
         with contextlib.suppress(OSError):
             os.chdir("/proc")

@@ -123,6 +123,24 @@ def test_workers_games_and_folders_end_with_a_killed_collection(tmp_path: Path) 
     assert shared_memory() <= before
 
 
+@linux
+def test_where_the_kernel_gives_no_thread_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in many containers: games start all the same, but not where the working directory is gone."""
+    monkeypatch.setattr(game, "CLONE_FS", 1)  # no flag of ``unshare``, which refuses it
+    monkeypatch.chdir(tmp_path)
+    with DoomEnv("take_cover") as env:
+        env.reset(0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SimulatorError, match="^vizdoom: expected a working directory to start in, got: No such file"):
+        DoomEnv("take_cover")
+    monkeypatch.chdir(tmp_path)
+
+
 def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
     """Have a script in place of the game."""
     original, program = game.install_path, tmp_path / "game"

@@ -131,6 +131,18 @@ def test_publishing_replaces_and_a_kill_between_the_renames_loses_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_target_with_a_very_long_name(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250)
+    dead = Owner.start(path)
+    dead.kill(with_watcher=True)
+    assert dead.folder.exists()
+    with workfolder(path) as folder:
+        assert not dead.folder.exists()
+        (folder / "made").mkdir()
+        publish(folder / "made", path, folder)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_that_was_taken_for_a_dead_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -21,14 +22,24 @@ import time
 #: as well, each ended by a NUL byte.
 LOCK, PREVIOUS, ALSO = "lock", "previous", "also"
 SUFFIX = ".partial"
+#: Of the 255 that file systems take: room for the rest of a working folder's name.
+MAX_NAME_BYTES = 200
 #: Seconds between looks, and looks in all, for a lock that the kernel drops a moment after it closed the pipe.
 PAUSE, LOOKS = 0.1, 20
 
 
+def prefix(path: str) -> str:
+    """What the names of the working folders beside ``path`` begin with; a very long name is replaced by its hash."""
+    base = os.path.basename(path)
+    if len(os.fsencode(base)) > MAX_NAME_BYTES:
+        base = hashlib.sha256(os.fsencode(base)).hexdigest()
+    return f".{base}."
+
+
 def remove_stale(path: str) -> int:
     """Remove the working folders beside ``path`` that a dead process left, and return how many are there still."""
-    directory, base = os.path.split(path)
-    name = re.compile(rf"{re.escape(f'.{base}.')}[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
+    directory = os.path.dirname(path)
+    name = re.compile(rf"{re.escape(prefix(path))}[a-z0-9_]{{8}}{re.escape(SUFFIX)}")
     remaining = 0
     with contextlib.suppress(OSError), os.scandir(directory or ".") as entries:
         for entry in entries:

@@ -38,13 +38,15 @@ def workfolder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: if the folder cannot be made.
     """
+    name = str(path) if str(path).isprintable() else repr(str(path))
     try:
         path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that the file system does not take is seen now, not when the work is done
         remover.remove_stale(str(path))
         folder, lock = _make(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        name = str(path) if str(path).isprintable() else repr(str(path))
         raise StorageError(f"{name}: expected to write it, got {getattr(error, 'strerror', None) or error}") from error
     owner = os.getpid()
     try:
@@ -78,7 +80,7 @@ def publish(made: Path, path: Path, folder: Path) -> None:
 def _make(path: Path) -> tuple[Path, int]:
     """Make a folder and lock it; another process that took it for a dead one in between costs another try."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=remover.prefix(str(path)), suffix=SUFFIX, dir=path.parent))
         try:
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
