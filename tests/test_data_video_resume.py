@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -24,7 +26,7 @@ from flexlam_fast.data import video
 from flexlam_fast.data.decode import Shown, VideoReader
 from flexlam_fast.data.folders import hold, release
 from flexlam_fast.data.journal import opened
-from flexlam_fast.data.store import EpisodeStore
+from flexlam_fast.data.store import EpisodeStore, EpisodeWriter
 from flexlam_fast.data.video import pack
 from flexlam_fast.errors import DataError, StorageError
 
@@ -180,6 +182,26 @@ def test_one_pack_to_a_target_at_a_time(tmp_path: Path, videos: Path) -> None:
         pack(videos, tmp_path / "out", size=32, progress=False)
     assert os.listdir(tmp_path) == ["in"]
     pack(videos, tmp_path / "out", size=32, progress=False)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    pack(videos, tmp_path / "out", size=32, progress=False)
+    (tmp_path / ".set.living.part").mkdir()
+    with EpisodeWriter(tmp_path / "set", (4, 5, 3)) as writer:
+        writer.add(np.zeros((3, 4, 5, 3), np.uint8), None, None, "a", "train")
+    assert sorted(os.listdir(tmp_path)) == [".set.living.part", "in", "out", "set"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, videos: Path) -> None:
+    (tmp_path / ".out.pack").mkdir()
+    (tmp_path / ".out.pack" / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"\.out\.pack: expected a folder of pack alone, got one with notes\.txt"):
+        pack(videos, tmp_path / "out", size=32, progress=False)
+    assert os.listdir(tmp_path / ".out.pack") == ["notes.txt"]
 
 
 def test_a_lock_goes_with_its_folder(tmp_path: Path) -> None:

@@ -37,8 +37,12 @@ def hidden(target: Path, suffix: str) -> Path:
     return target.parent / f".{name}{suffix}"
 
 
-def hold(folder: Path) -> int | None:
+def hold(folder: Path, *, needed: bool = True) -> int | None:
     """Lock a folder for this process; the kernel gives the lock back when the process ends, however it ends.
+
+    Args:
+        folder: what to lock.
+        needed: whether a file system that has no locks is as good as a lock of another process.
 
     Returns:
         A handle to pass to :func:`release`; None if another process holds the lock, or the folder is gone.
@@ -51,8 +55,11 @@ def hold(folder: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else it was removed, and perhaps made anew, meanwhile
             return handle
-    except OSError:
+    except BlockingIOError:
         pass
+    except OSError:
+        if not needed:
+            return handle
     os.close(handle)
     return None
 

@@ -17,6 +17,7 @@ from flexlam_fast.errors import StorageError
 FORMAT = "flexlam-pack"
 VERSION = 1
 JOURNAL = "journal.jsonl"
+NEW_JOURNAL = "journal.new"
 DATA = "data"
 
 
@@ -73,10 +74,13 @@ class Journal:
             StorageError: if the disk is full or forbidden.
         """
         lines = [json.dumps(self._head), *(_line(entry) for entry in self.entries)]
-        made = self._path.with_suffix(".new")
+        made = self._path.with_name(NEW_JOURNAL)
         self._write(made, "wb", lines)
-        os.replace(made, self._path)
-        sync(self._path.parent)
+        try:
+            os.replace(made, self._path)
+            sync(self._path.parent)
+        except OSError as error:
+            raise unwritten(self._target, error) from error
 
     def add(self, entry: Entry) -> None:
         """Note a video whose frames have reached the disk.
@@ -123,11 +127,15 @@ def opened(target: Path, options: dict[str, Any]) -> Iterator[Journal]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # the run before this one may be about to remove it
-            (folder / DATA).mkdir(parents=True, exist_ok=True)
-            if (handle := hold(folder)) is not None:
+            folder.mkdir(exist_ok=True)
+            if (handle := hold(folder, needed=False)) is not None:
                 break
         else:
             raise StorageError(f"{shown(target)}: expected one pack to it at a time, got another that is still at work")
+        if foreign := sorted({path.name for path in folder.iterdir()} - {JOURNAL, NEW_JOURNAL, DATA}):
+            release(handle)
+            raise StorageError(f"{shown(folder)}: expected a folder of pack alone, got one with {shown(foreign[0])}")
+        (folder / DATA).mkdir(exist_ok=True)
     except OSError as error:
         raise error if isinstance(error, StorageError) else unwritten(target, error) from error
     journal = Journal(folder, target, options)

@@ -86,7 +86,10 @@ class FrameShards:
         self._sums = {n: record for n, record in self._sums.items() if n < self.frames // self.shard_frames}
         for path in self._folder.glob("frames-*.npy"):
             if path.name not in {_name(n) for n in range(kept)}:
-                path.unlink()
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise unwritten(self._target / path.name, error) from error
         return good
 
     def sync(self) -> None:

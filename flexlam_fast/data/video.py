@@ -199,12 +199,16 @@ class _Run:
                 except UnsoundVideo:
                     continue
             raise AssertionError("a careful pass goes on to the end")
-        except DataError as error:
+        except (DataError, need("av").FFmpegError) as error:
+            if isinstance(error, DataError):
+                reason = str(error)
+            else:
+                reason = f"{shown(video.path)}: expected pictures that can be converted, got others ({error})"
             if not self._skip:
-                raise
+                raise DataError(reason) from error
             if shards is not None:
                 shards.truncate(start)
-            return Entry(video.source, skipped=str(error))
+            return Entry(video.source, skipped=reason)
 
     def _write(self, video: _Video, reader: VideoReader, shards: FrameShards) -> Entry:
         lengths: list[int] = []
