@@ -73,9 +73,9 @@ def collect(
         scenarios: what to play.
         steps: transitions of the train split, one number for all scenarios or one for each.
         seed: 0 to 999; the same seed gives the same bytes.
-        noise: share of the decisions that random bursts take over.
-        test_fraction: share of the episodes that form the test split.
-        workers: processes that play.
+        noise: share of the decisions that random bursts take over, 0 to 1.
+        test_fraction: share of the episodes that form the test split, 0 to 0.5.
+        workers: processes that play, 1 to 1024.
         overwrite: replace a data set that is there.
     """
     from flexlam_fast.data.collect import collect as run
@@ -139,9 +139,9 @@ def play(
         checkpoint: the same by name.
         scenarios: what to play.
         budgets: codes per decision; left out, 1, 2, 4, ... and all.
-        episodes: per scenario, budget and agent.
+        episodes: per scenario, budget and agent, at least 2.
         seed: 0 to 999; another seed, other episodes.
-        sessions: games that act as one batch; with more than one, latency is measured afterwards at batch 1.
+        sessions: games that act as one batch, 1 to 1024; above 1, latency is measured afterwards at batch 1.
         output: folder for rollout.json and rollout.md.
         device: where the model runs: cpu, cuda, cuda:1; auto takes a GPU where there is one.
         dtype: float32, bfloat16 or float16.

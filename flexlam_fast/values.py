@@ -11,6 +11,9 @@ from pathlib import Path
 
 from flexlam_fast.errors import FlexLAMError, InputError, StorageError
 
+#: What must be free on a disk before results are worked for that will be written there.
+PROBE_BYTES = 1 << 16
+
 
 def shown(value: object) -> str:
     """Write a value as one short line of printable characters, whatever it is."""
@@ -114,8 +117,8 @@ def make_folder(path: Path, *names: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(PROBE_BYTES))
         for name in names:
             if (path / name).exists():
                 with open(path / name, "ab"):

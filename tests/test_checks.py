@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexlam_fast import values
 from flexlam_fast.checks import check_budget, check_choice, check_names, check_number, check_path
-from flexlam_fast.errors import BudgetError, InputError
+from flexlam_fast.errors import BudgetError, InputError, StorageError
+from flexlam_fast.values import make_folder
 
 ANYTHING = st.one_of(
     st.integers(),
@@ -82,6 +84,19 @@ def test_names_and_choices() -> None:
     for other in ("", "A", None, ["a"], "a" * 500, "\n"):
         with pytest.raises(InputError, match=r"^dtype: expected one of a, b, got [^\n]{1,60}$"):
             check_choice("dtype", other, ("a", "b"))
+
+
+def test_a_folder_is_tried_before_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "a" / "b", "report.json")
+    (tmp_path / "a" / "b" / "report.json").touch()
+    make_folder(tmp_path / "a" / "b", "report.json")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["report.json"]
+    for wrong, name in ((tmp_path / "a" / "b" / "report.json", "x"), (tmp_path / "a", "b"), (tmp_path / "c\0d", "x")):
+        with pytest.raises(StorageError, match="expected a folder to write to, got: "):
+            make_folder(wrong, name)
+    monkeypatch.setattr(values.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115
+    with pytest.raises(StorageError, match=r"a: expected a folder to write to, got: No space left on device$"):
+        make_folder(tmp_path / "a")
 
 
 def test_paths() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -31,16 +33,13 @@ print("plays", flush=True)
 while True:
     env.step(0)
 """
-COLLECTION = """
-from pathlib import Path
-from flexlam_fast.data.collect import collect
-if __name__ == "__main__":
-    collect(Path("set"), ("take_cover",), steps=(10**7,), workers=2, progress=False)
-"""
 
 
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("ViZDoom")}
+def shared_memory(commands: Iterable[str]) -> list[str]:
+    """What is there of the shared memory of games with these command lines."""
+    instances = [found[1] for command in commands if (found := re.search(r"\+viz_instance_id (\w+)", command))]
+    assert instances
+    return [name for name in os.listdir("/dev/shm") if any(name.endswith(instance) for instance in instances)]
 
 
 def games(pid: int) -> list[str]:
@@ -89,7 +88,6 @@ def test_a_game_ends_with_its_killed_player_and_leaves_nothing(tmp_path: Path) -
     temporary, gone = tmp_path / "a 'b' $c", tmp_path / "gone"
     temporary.mkdir()
     gone.mkdir()
-    before = shared_memory()
     environment = {**os.environ, "TMPDIR": str(temporary)}
     player = subprocess.Popen(
         [sys.executable, "-c", PLAYER], cwd=gone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -98,29 +96,31 @@ def test_a_game_ends_with_its_killed_player_and_leaves_nothing(tmp_path: Path) -
     assert player.stdout.readline() == b"plays\n"
     children = descendants(player.pid)
     assert len(games(player.pid)) == 1
+    assert len(shared_memory(children.values())) == 3
     assert len(list(temporary.iterdir())) == 1
     player.send_signal(signal.SIGKILL)
     player.communicate()
     assert wait_until(lambda: not any(map(alive, children)))
     assert list(temporary.iterdir()) == []
-    assert shared_memory() <= before
+    assert shared_memory(children.values()) == []
 
 
 @linux
-def test_workers_games_and_folders_end_with_a_killed_collection(tmp_path: Path) -> None:
-    (tmp_path / "collection.py").write_text(COLLECTION, encoding="utf-8")
-    (tmp_path / "run").mkdir()
-    before = shared_memory()
-    command = [sys.executable, str(tmp_path / "collection.py")]
-    main = subprocess.Popen(command, cwd=tmp_path / "run", stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_workers_games_and_folders_end_with_a_collection(tmp_path: Path, number: int, status: int) -> None:
+    """Killed, or stopped by Ctrl-C, which a terminal sends to every process of the command."""
+    command = ["-m", "flexlam_fast", "collect", "--output=set", "--scenarios=take_cover", "--steps=10000000"]
+    with (tmp_path / "said").open("w", encoding="utf-8") as said:
+        main = subprocess.Popen([sys.executable, *command], cwd=tmp_path, stderr=said, start_new_session=True)
     assert wait_until(lambda: main.poll() is None and len(games(main.pid)) == 2)
     children = descendants(main.pid)
     assert len(children) >= 5  # two workers with a game each, and the tracker of multiprocessing
-    main.send_signal(signal.SIGKILL)
-    main.communicate()
+    (os.kill if number == signal.SIGKILL else os.killpg)(main.pid, number)
+    assert main.wait(30) == status
     assert wait_until(lambda: not any(map(alive, children)))
-    assert list((tmp_path / "run").iterdir()) == []
-    assert shared_memory() <= before
+    assert [path.name for path in tmp_path.iterdir()] == ["said"]
+    assert "Traceback" not in (tmp_path / "said").read_text(encoding="utf-8")
+    assert shared_memory(children.values()) == []
 
 
 @linux

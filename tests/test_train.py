@@ -273,3 +273,5 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     log.file = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(StorageError, match=r"metrics.jsonl: expected to write the metrics, got: No space left"):
         log.write(1, {"loss": 1.0})
+    with pytest.raises(StorageError, match=r"metrics.jsonl: expected to write the metrics, got: No space left"):
+        log.close()  # what could not be written is still there

@@ -55,8 +55,8 @@ def demo(
         budgets: codes per decision.
         episodes: per scenario, budget and agent; left out, as many (4 to 10) as fit into the time.
         minutes: the time to fit into, when episodes are left out.
-        sessions: games that act as one batch; latency is always measured at batch 1.
-        seed: another seed, other episodes.
+        sessions: games that act as one batch, 1 to 1024; latency is always measured at batch 1.
+        seed: 0 to 999; another seed, other episodes.
         device: where the model runs: cpu, cuda, cuda:1; auto takes a GPU where there is one.
         progress: whether to show bars.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -31,15 +32,17 @@ def encode_dataset(
     path = folder / f"codes-{fingerprint(lam)[:16]}-{store.fingerprint[:16]}.npy"
     if not path.exists():
         codes = _encode(lam, store, device, batch)
+        unfinished = path.with_suffix(".part")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
             with unfinished.open("wb") as file:
                 np.save(file, codes)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             raise StorageError(f"{path}: expected to write the codes, got: {error.strerror or error}") from error
     found: NDArray[np.int32] = np.load(path, mmap_mode="r")
     return found

@@ -100,7 +100,7 @@ def joint(
         options: of the run.
         labels: as for the translator.
         labels_from: as for the translator.
-        weight: of the action loss beside the LAM's own.
+        weight: of the action loss beside the LAM's own, 0 to 1,000,000.
     """
     check_label_options(labels, labels_from)
     check_number("weight", weight, 0, MAX_WEIGHT)

@@ -37,10 +37,18 @@ class MetricsLog:
                     self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        """Close the files.
+
+        Raises:
+            StorageError: what was written last did not reach the disk.
+        """
+        try:
+            self.file.close()
+        except OSError as error:
+            raise _full(self.path, error) from error
+        finally:
+            if self.board is not None:
+                self.board.close()
 
 
 def _step_of(line: str) -> float:

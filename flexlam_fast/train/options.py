@@ -38,7 +38,7 @@ class RunOptions:
     batch: int | None = integer(None, 1, MAX_BATCH)
     """Batch size in place of the recipe's."""
     lr: float | None = real(None, 0, MAX_RATE, open_low=True)
-    """Peak learning rate in place of the recipe's."""
+    """Peak learning rate in place of the recipe's, above 0."""
     save_every: int | None = integer(None, 1, MAX_STEPS)
     """Steps between checkpoints in place of the recipe's."""
     validate_every: int | None = integer(None, 1, MAX_STEPS)
