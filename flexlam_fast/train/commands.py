@@ -7,8 +7,10 @@ A run directory holds one folder a stage (``lam``, ``sequence``, ``translator``,
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ def lam(options: RunOptions) -> None:
     Args:
         options: of the run.
     """
-    store, recipe, device, peers = _begin(options, "lam")
+    store, recipe, device, peers, _ = _begin(options, "lam")
     _train(options, LamStage(_config(options), store, recipe.batch, options.seed, device, peers), recipe)
 
 
@@ -59,8 +61,9 @@ def sequence(options: RunOptions, lam: Path | None = None) -> None:
         lam: a LAM: another run, its stage lam or joint, a checkpoint of it, or a policy; left out, this run's own,
             from joint alignment where there is one.
     """
-    store, recipe, device, peers = _begin(options, "sequence", lam=lam)
-    model = _lam(find_stage(lam, LAM) if lam else find_in_run(options.output, LAM, finished=False), peers).to(device)
+    own = functools.partial(find_in_run, options.output, LAM, finished=False)
+    store, recipe, device, peers, found = _begin(options, "sequence", own if lam is None else lambda: _given(lam))
+    model = _lam(found, peers).to(device)
     codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
     stage = SequenceStage(model.cfg, store, codes, recipe.batch, options.seed, device, source, peers)
@@ -79,8 +82,9 @@ def translator(
         lam: as for the sequence model; left out, the run's own, from stage lam.
     """
     check_label_options(labels, labels_from)
-    store, recipe, device, peers = _begin(options, "translator", lam=lam)
-    model = _lam(find_stage(lam or options.output / LAM, LAM), peers).to(device)
+    where = options.output / LAM if lam is None else lam
+    store, recipe, device, peers, found = _begin(options, "translator", lambda: _given(where))
+    model = _lam(found, peers).to(device)
     chosen = choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
     codes = _encode(options, model, store, device, peers)
     source = fingerprint(model)
@@ -104,8 +108,8 @@ def joint(
     """
     check_label_options(labels, labels_from)
     check_number("weight", weight, 0, MAX_WEIGHT)
-    store, recipe, device, peers = _begin(options, "joint")
-    model = _lam(find_stage(options.output / LAM, LAM), peers).requires_grad_(True)
+    store, recipe, device, peers, found = _begin(options, "joint", lambda: _given(options.output / LAM))
+    model = _lam(found, peers).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = Translator(model.cfg)
@@ -170,18 +174,24 @@ class _Start(NamedTuple):
     recipe: Recipe
     device: torch.device
     peers: Peers
+    found: Any  # what holds the LAM; None where none is needed
 
 
-def _begin(options: RunOptions, stage: str, lam: Path | None = None) -> _Start:
-    """Check all that is known before any work, and open the data."""
+def _begin(options: RunOptions, stage: str, find: Callable[[], Found] | None = None) -> _Start:
+    """Check all that is known before any work, open the data, and ``find`` the LAM that the stage needs, if any."""
     options.check()
-    if lam is not None:
-        check_path("lam", lam)
     recipe, device = _recipe(options, stage), _device(options)
     training_backend(options.backend, device)
     store = EpisodeStore.open(options.data)
+    found = find() if find else None
+    if found is not None:
+        store.check_frames(found.cfg.frame, found.cfg.channels)
     make_folder(options.output)
-    return _Start(store, recipe, device, Peers.join(device))
+    return _Start(store, recipe, device, Peers.join(device), found)
+
+
+def _given(lam: Path) -> Found:
+    return find_stage(check_path("lam", lam), LAM)
 
 
 def _lam(found: Found, peers: Peers) -> LatentActionModel:
