@@ -141,6 +141,13 @@ def test_too_thin_to_have_a_transition(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in"]
 
 
+def test_pictures_like_a_thread_are_refused(tmp_path: Path) -> None:
+    encode(tmp_path / "in" / "a.mkv", 2, width=2000, height=30)
+    with pytest.raises(DataError, match=r"a\.mkv: expected pictures of sides at most 64 to 1, got 2000x30"):
+        pack(tmp_path / "in", tmp_path / "out", size=4096, progress=False)
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_folders_without_videos(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("none yet")

@@ -34,6 +34,7 @@ SUFFIXES = frozenset(
 )
 MAX_SIZE = 4096
 MAX_FPS = 1e6
+MAX_ASPECT = 64
 ON_ERROR = ("stop", "skip")
 
 
@@ -213,7 +214,7 @@ class _Run:
     def _write(self, video: _Video, reader: VideoReader, shards: FrameShards) -> Entry:
         lengths: list[int] = []
         kept, first = 0, None
-        for square, fresh in self._kept(reader):
+        for square, fresh in self._kept(video, reader):
             kept += 1
             if fresh:
                 lengths.append(0)
@@ -232,7 +233,7 @@ class _Run:
             fault += f"; packed as {len(episodes)} episodes"
         return Entry(video.source, episodes, fault)
 
-    def _kept(self, reader: VideoReader) -> Iterator[tuple[NDArray[np.uint8], bool]]:
+    def _kept(self, video: _Video, reader: VideoReader) -> Iterator[tuple[NDArray[np.uint8], bool]]:
         """Yield the frames that are due by the clock, and whether an episode begins with them."""
         start, due = 0.0, 0
         for number, view in enumerate(views(reader)):
@@ -245,6 +246,10 @@ class _Run:
                 if ticks < due:
                     continue
                 due = int(ticks) + 1
+            sides = frame.picture.width, frame.picture.height
+            if max(sides) > MAX_ASPECT * min(sides):  # scaled to the size they would not fit in memory
+                came = f"got {sides[0]}x{sides[1]}"
+                raise DataError(f"{shown(video.path)}: expected pictures of sides at most {MAX_ASPECT} to 1, {came}")
             yield self._squares.cut(view), fresh
 
     def _check(self, video: _Video, frames: int, detail: str) -> None:
