@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexlam_fast.errors import InputError
+from flexlam_fast.values import check_number, shown
 
 MAX_SIDE = 1 << 14
 MAX_ACTIONS = np.iinfo(np.int16).max
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None) -> int:
-    """Return ``value`` as an int when it is a whole number (Python's or NumPy's, no bool) within ``low..high``.
-
-    Raises:
-        InputError: ``size: expected an integer in 1..4096, got 0``.
-    """
-    good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not good or int(value) < low or (high is not None and int(value) > high):
-        limits = f"an integer in {low}..{high}" if high is not None else f"an integer of at least {low}"
-        raise InputError(f"{name}: expected {limits}, got {brief(value)}")
-    return int(value)
-
-
-def check_path(name: str, value: object) -> Path:
-    """Return ``value`` as a path when it is one, or a text that can be one.
-
-    Raises:
-        InputError: ``path: expected a path, got ''``.
-    """
-    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
-        raise InputError(f"{name}: expected a path, got {brief(value)}")
-    return Path(value)
-
-
-def brief(value: object) -> str:
-    """What came, in a few words and on one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_frame_shape(value: Any) -> tuple[int, int, int]:
@@ -55,11 +23,11 @@ def check_frame_shape(value: Any) -> tuple[int, int, int]:
     """
     try:
         height, width, channels = value
-        sides = [check_integer("frame_shape", side, 1, MAX_SIDE) for side in (height, width)]
-        check_integer("frame_shape", channels, 3, 3)
+        sides = [int(check_number("frame_shape", side, 1, MAX_SIDE, integer=True)) for side in (height, width)]
+        check_number("frame_shape", channels, 3, 3, integer=True)
     except (TypeError, ValueError):
         raise InputError(
-            f"frame_shape: expected (height, width, 3), sides of 1..{MAX_SIDE}, got {brief(value)}"
+            f"frame_shape: expected (height, width, 3), sides of 1..{MAX_SIDE}, got {shown(value)}"
         ) from None
     return sides[0], sides[1], 3
 
@@ -73,7 +41,7 @@ def check_action_names(value: Any) -> tuple[str, ...]:
     names = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (None,)
     good = all(isinstance(name, str) and name and _encodes(name) for name in names)
     if not good or len(set(names)) < len(names) or len(names) > MAX_ACTIONS:
-        raise InputError(f"action_names: expected texts, each once, at most {MAX_ACTIONS}, got {brief(value)}")
+        raise InputError(f"action_names: expected texts, each once, at most {MAX_ACTIONS}, got {shown(value)}")
     return names
 
 
@@ -94,7 +62,7 @@ def as_array(name: str, values: ArrayLike) -> NDArray[Any]:
     try:
         return np.asarray(values)
     except (TypeError, ValueError):
-        raise InputError(f"{name}: expected an array, got {brief(values)}") from None
+        raise InputError(f"{name}: expected an array, got {shown(values)}") from None
 
 
 def column(name: str, values: ArrayLike, count: int, kind: type) -> NDArray[Any]:
@@ -122,22 +90,6 @@ def check_text(name: str, value: object, *, empty: bool = False) -> None:
         InputError: ``task: expected a text, got ''``.
     """
     if not isinstance(value, str) or not (value or empty):
-        raise InputError(f"{name}: expected a text, got {brief(value)}")
+        raise InputError(f"{name}: expected a text, got {shown(value)}")
     if not _encodes(value):
-        raise InputError(f"{name}: expected a text that UTF-8 can hold, got {brief(value)}")
-
-
-def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
-    """Return ``value`` as a float when it is a number (Python's or NumPy's, no bool) within ``low..high``.
-
-    Raises:
-        InputError: ``test_fraction: expected a number in 0..0.5, got nan``; with ``above``, ``low`` itself is refused.
-    """
-    try:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not low <= number <= high or (above and number == low):
-        limits = f"above {low:g} and at most {high:g}" if above else f"in {low:g}..{high:g}"
-        raise InputError(f"{name}: expected a number {limits}, got {brief(value)}")
-    return number
+        raise InputError(f"{name}: expected a text that UTF-8 can hold, got {shown(value)}")

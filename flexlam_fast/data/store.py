@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexlam_fast.data import manifest as layout
-from flexlam_fast.data.arguments import as_array, brief, check_path
+from flexlam_fast.data.arguments import as_array
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.manifest import SPLITS, Episode, FileRecord, Manifest
 from flexlam_fast.data.names import shown
 from flexlam_fast.data.writer import EpisodeWriter
 from flexlam_fast.errors import DataError, InputError
+from flexlam_fast.values import check_path
+from flexlam_fast.values import shown as describe
 
 __all__ = ["Episode", "EpisodeStore", "EpisodeWriter"]
 
@@ -100,7 +102,7 @@ class EpisodeStore:
         wanted = as_array("indices", indices)
         flat = wanted.reshape(-1)
         if flat.size and not np.issubdtype(flat.dtype, np.integer):
-            raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {brief(indices)}")
+            raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {describe(indices)}")
         low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
         if low < 0 or high >= self.num_frames:
             raise InputError(f"indices: expected integers in 0..{self.num_frames - 1}, got {low}..{high}")
@@ -130,14 +132,14 @@ class EpisodeStore:
             InputError: for an unknown split or task.
         """
         if not isinstance(split, str) or split not in SPLITS:
-            raise InputError(f"split: expected one of {SPLITS}, got {brief(split)}")
+            raise InputError(f"split: expected one of {SPLITS}, got {describe(split)}")
         wanted = self.tasks if tasks is None else tuple(tasks) if isinstance(tasks, Iterable) else ()
         if (
             not wanted
             or isinstance(tasks, (str, bytes))
             or not all(isinstance(t, str) and t in self.tasks for t in wanted)
         ):
-            raise InputError(f"tasks: expected some of {self.tasks}, got {brief(tasks)}")
+            raise InputError(f"tasks: expected some of {self.tasks}, got {describe(tasks)}")
         chosen = [e for e in self.episodes if e.split == split and e.task in wanted]
         ranges = [np.arange(e.first, e.first + e.frames - 1, dtype=np.int64) for e in chosen]
         return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import flexlam_fast
-from flexlam_fast.data.arguments import brief, check_integer, check_number, check_path
 from flexlam_fast.data.decode import UnsoundVideo, VideoReader
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.folders import check_target, publish
@@ -26,7 +25,8 @@ from flexlam_fast.data.picture import Squares, views
 from flexlam_fast.data.shards import FrameShards
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.data.writer import complete
-from flexlam_fast.errors import DataError, InputError
+from flexlam_fast.errors import DataError
+from flexlam_fast.values import check_choice, check_number, check_path
 
 #: File names that count as videos; other files in the folder are left alone.
 SUFFIXES = frozenset(
@@ -85,11 +85,10 @@ def pack(
         StorageError: if ``output`` exists or cannot be written, or another call is packing to it.
     """
     videos, output = check_path("videos", videos), check_path("output", output)
-    size = check_integer("size", size, 1, MAX_SIZE)
-    fps = None if fps is None else check_number("fps", fps, 0, MAX_FPS, above=True)
+    size = int(check_number("size", size, 1, MAX_SIZE, integer=True))
+    fps = None if fps is None else check_number("fps", fps, 0, MAX_FPS, open_low=True)
     test_fraction = check_number("test_fraction", test_fraction, 0, 0.5)
-    if not isinstance(on_error, str) or on_error not in ON_ERROR:
-        raise InputError(f"on_error: expected one of {ON_ERROR}, got {brief(on_error)}")
+    check_choice("on_error", on_error, ON_ERROR)
     av, _ = need("av"), need("pyarrow")
     target = output if output.name not in ("", "..") else Path(os.path.abspath(output))
     check_target(target, overwrite)

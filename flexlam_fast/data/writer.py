@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +17,6 @@ from flexlam_fast.data.arguments import (
     as_array,
     check_action_names,
     check_frame_shape,
-    check_integer,
-    check_path,
     check_text,
     column,
 )
@@ -27,6 +26,7 @@ from flexlam_fast.data.manifest import EPISODES, MANIFEST, SPLITS, Episode, Mani
 from flexlam_fast.data.shards import SHARD_BYTES, FrameShards, spans, write_file
 from flexlam_fast.data.stale import publish, workfolder
 from flexlam_fast.errors import InputError
+from flexlam_fast.values import check_number, check_path
 
 MAX_SEED = np.iinfo(np.int64).max
 
@@ -70,7 +70,7 @@ class EpisodeWriter:
         self._overwrite = overwrite
         self._shape = check_frame_shape(frame_shape)
         self._names = check_action_names(action_names)
-        self._shard_bytes = check_integer("shard_bytes", shard_bytes, 1, None)
+        self._shard_bytes = int(check_number("shard_bytes", shard_bytes, 1, math.inf, integer=True))
         check_target(self.path, overwrite)
         self._episodes: list[Episode] = []
         self._steps: list[_Steps] = []
@@ -191,7 +191,7 @@ class EpisodeWriter:
         check_text("source", source, empty=True)
         if not isinstance(split, str) or split not in SPLITS:
             raise InputError(f"split: expected one of {SPLITS}, got {split!r}")
-        seed = check_integer("seed", seed, -1, MAX_SEED)
+        seed = int(check_number("seed", seed, -1, MAX_SEED, integer=True))
         if seed >= 0 and self._splits.get((task, seed), split) != split:
             raise InputError(f"seed: expected one split per seed of {task}, got {seed} in both train and test")
         return seed
