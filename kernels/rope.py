@@ -16,15 +16,15 @@ from flexlam_fast.kernels.fsq import settle
 from flexlam_fast.kernels.pieces import round_to
 from torch import Tensor
 
+from flexlam_fast.ops.frequencies import rope_frequencies
+
 HALF_BYTES = 512  # of half a program's heads: one 16-byte word for each of 32 threads
 
 
 @lru_cache(maxsize=64)
 def frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
     """Return ``theta**(-2i/dim)`` fp64 ``[dim/2]``, the very numbers that the model's own rotation has."""
-    with torch.inference_mode(False):
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
-        made = theta**-exponent
+    made = rope_frequencies(theta, dim, device)
     settle(device)
     return made
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexlam_fast.ops.frequencies import rope_frequencies
 from flexlam_fast.ops.linear import rms_norm
 
 
@@ -38,8 +39,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     As the sequence model has it: angles in fp64, fp32 inside, ``x``'s dtype out.
     """
     dim = x.shape[-1]
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim
-    angle = positions.double()[:, :, None, None] * theta**-exponent
+    angle = positions.double()[:, :, None, None] * rope_frequencies(theta, dim, x.device)
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = angle.cos().to(first.dtype), angle.sin().to(first.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -15,6 +15,7 @@ from flexlam_fast.config import FlexLAMConfig, SequenceConfig, check_config
 from flexlam_fast.errors import InputError
 from flexlam_fast.layers import Linear, patchify, product_dtype
 from flexlam_fast.ops.activation import swiglu
+from flexlam_fast.ops.frequencies import rope_frequencies
 from flexlam_fast.ops.linear import rms_norm as plain_rms_norm
 from flexlam_fast.ops.patches import frame_patches
 from flexlam_fast.ops.rms_norm import rms_norm
@@ -48,8 +49,7 @@ def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype 
     They are formed in fp64 and reduced by whole turns before rounding: in fp32 the angle of position 10^8 would be
     wrong by several radians.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angle = positions.double().unsqueeze(-1) * theta**-exponent
+    angle = positions.double().unsqueeze(-1) * rope_frequencies(theta, head_dim, positions.device)
     angle = torch.cat([angle, angle], dim=-1)
     if angle.dim() == 2:
         angle = angle.unsqueeze(0)
