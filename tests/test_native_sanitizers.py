@@ -24,7 +24,7 @@ FLAGS = {
     "prefill_amx": TILES,
     "encoder_amx": TILES,
 }
-PLAIN = ["decode_portable", "decode", "engine", "parallel", "prefill", "variants", "cpu_features"]
+PLAIN = ["decode_portable", "decode", "engine", "parallel", "prefill", "tile_support", "variants", "cpu_features"]
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="g++ was not found"),
@@ -36,8 +36,9 @@ def build(folder: Path, sanitizer: str) -> Path:
     """Compile the engine and its driver with a sanitizer; return the program."""
     common = [str(COMPILER), "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-DFLEXLAM_OWN_THREADS"]
     common += ["-DFLEXLAM_X86_VARIANTS", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-    sources = [(ROOT / "csrc" / f"{name}.cpp", FLAGS.get(name, [])) for name in [*FLAGS, *PLAIN]]
-    sources.append((ROOT / "tests" / "native" / "engine_main.cpp", []))
+    # as in CMakeLists.txt, what any processor runs comes first: of equal inline functions the linker keeps the first
+    sources = [(ROOT / "tests" / "native" / "engine_main.cpp", [])]
+    sources += [(ROOT / "csrc" / f"{name}.cpp", FLAGS.get(name, [])) for name in [*PLAIN, *FLAGS]]
 
     def compile_one(source: tuple[Path, list[str]]) -> str:
         path, flags = source
