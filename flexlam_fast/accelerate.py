@@ -20,7 +20,7 @@ from flexlam_fast.backend import AUTO, BackendChoice, choose
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.checks import describe
 from flexlam_fast.errors import InputError
-from flexlam_fast.swapped import Change, Swapped
+from flexlam_fast.swapped import Change, Swapped, noted
 
 _FOREIGN = (accelerate_fsq, accelerate_qwen)  # the classes of others, a file each
 
@@ -37,6 +37,10 @@ class Part(NamedTuple):
 class Acceleration:
     """What :func:`accelerate` did; ``str()`` of it is for people. As a context manager it undoes itself at the end.
 
+    What was swapped asks at every call whether it still computes what the original does, and takes the original's own
+    method where it does not. ``str()`` has a line for each that would do so now (``paused``) or has done so in a call
+    (``earlier``), with the reason.
+
     Attributes:
         swapped: the modules that run through this package now, in the order of ``named_modules()``.
         left: those that were recognised and left as they are, each with one sentence why.
@@ -45,6 +49,12 @@ class Acceleration:
     def __init__(self, root: str, swapped: list[Part], left: list[Part], changes: list[Change]) -> None:
         self.swapped, self.left = tuple(swapped), tuple(left)
         self._root, self._changes = root, changes
+        self._modules = [change.module for change in changes]
+
+    def paused(self) -> dict[str, str]:
+        """Which of the swapped modules, by path, a call would find on the original's own method now, each with why."""
+        found = {part.path: _obstacle(module) for part, module in zip(self.swapped, self._modules, strict=True)}
+        return {path: why for path, why in found.items() if why is not None}
 
     def undo(self) -> None:
         """Make every swapped module what it was; a second call does nothing.
@@ -70,8 +80,20 @@ class Acceleration:
         for verb, parts in (("swapped", self.swapped), ("left", self.left)):
             for path, kind, backend, reason in parts:
                 lines.append(f"  {verb:<7}  {path or self._root:<{wide}}  {kind}: {backend or reason}")
+        if self._changes:  # or it has been undone
+            lines += self._on_the_original(wide)
         why = dict.fromkeys((part.backend, part.reason) for part in self.swapped)
         return "\n".join([*lines, *(f"  {backend}: {reason}" for backend, reason in why)])
+
+    def _on_the_original(self, wide: int) -> list[str]:
+        """A line for every swapped module that the original would answer for now, or has answered for."""
+        paused, lines = self.paused(), []
+        for (path, kind, *_), module in zip(self.swapped, self._modules, strict=True):
+            now, earlier = paused.get(path), noted(module)
+            verb, why = ("paused", now) if now else ("earlier", f"a call went to the original: {earlier}")
+            if now or earlier:
+                lines.append(f"  {verb:<7}  {path or self._root:<{wide}}  {kind}: {why}")
+        return lines
 
     __repr__ = __str__  # a prompt shows it without a print
 
@@ -135,9 +157,17 @@ def _decide(part: nn.Module, kind: type[nn.Module], backend: str) -> tuple[Backe
         choice = accelerate_fsq.narrow(choice, part.levels, device, backend)
         if part.backend == choice.name:
             return choice, f"already accelerated, on {choice.name}"
-        return choice, Change(part, "backend", part.backend, choice.name)
+        # auto stays auto: kernels asked for by name have no rule for torch.func's transforms, auto has the reference
+        return choice, Change(part, "backend", part.backend, backend)
     foreign = next(foreign for foreign in _FOREIGN if foreign.kind() is kind)
     return foreign.swap(part, kind, backend, choice)
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a call of a module that was swapped would take the original's own method now, or None."""
+    if isinstance(module, Swapped):
+        return module.obstacle(module)
+    return None if isinstance(module, Bottleneck) else f"its class is {type(module).__name__} now"
 
 
 def _device(module: nn.Module) -> torch.device:

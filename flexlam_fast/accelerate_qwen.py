@@ -13,26 +13,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
+from torch import nn
 
 from flexlam_fast.backend import AUTO, REFERENCE, TRITON, BackendChoice
-from flexlam_fast.config import FlexLAMConfig, SequenceConfig
-from flexlam_fast.errors import FlexLAMError
+from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.greedy import AllEnded, Greedy, read
+from flexlam_fast.qwen_obstacles import HOME, obstacle
 from flexlam_fast.sequence import plain
 from flexlam_fast.sequence.convert import BLOCK_NAMES, config_from_qwen3
 from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.model import SequenceModel
-from flexlam_fast.swapped import Change, Plan, Swapped
+from flexlam_fast.swapped import Change, Plan, Swapped, note
 
-# A Qwen3 can only exist where this module is loaded already, so it is looked up and never imported.
-_HOME = "transformers.models.qwen3.modeling_qwen3"
-_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-#: Ways of attention that compute the same; others can be registered under any name.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_QUIET = "transformers.utils.output_capturing"  # its hooks do nothing unless hidden states are asked for
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PACKED = "packed products in plain PyTorch over pages of 64 tokens"
 _NATIVE = "a prompt by packed products and every later token by C++, over pages of 64 tokens"
 _FUSED = "fused kernels over pages of 64 tokens"
@@ -40,7 +32,7 @@ _FUSED = "fused kernels over pages of 64 tokens"
 
 def kind() -> type[nn.Module] | None:
     """The class ``Qwen3ForCausalLM``, or None where nobody has imported it."""
-    return getattr(sys.modules.get(_HOME), "Qwen3ForCausalLM", None)
+    return getattr(sys.modules.get(HOME), "Qwen3ForCausalLM", None)
 
 
 def swap(
@@ -64,82 +56,8 @@ def swap(
         start = f"the fastest on {weight.device}" if asked == AUTO else "asked for by name"
         plainly = _NATIVE if plain.takes_native(weight.device, weight.dtype) else _PACKED
         choice = BackendChoice(name, f"{start}: {_FUSED if fused else plainly}")
+    plain.pack_weights(mirror.way(asked))  # now, and not in a call, during which another thread may read them
     return choice, Change(qwen, "__class__", kind, _accelerated(Plan(kind, asked, choice.name)))
-
-
-def obstacle(qwen: Any) -> str | None:
-    """Why ``qwen`` does not compute what :class:`SequenceModel` does, or None. Every call asks again."""
-    try:
-        cfg = config_from_qwen3(qwen.config)
-    except FlexLAMError as error:
-        return str(error)
-    weight = qwen.lm_head.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return "autocast chooses its dtypes now"
-    if qwen.config._attn_implementation not in _ATTENTION:
-        return f"its attention is {qwen.config._attn_implementation!r}, which may compute something else"
-    if len(qwen.model.layers) != cfg.sequence.layers:
-        return f"it has {len(qwen.model.layers)} layers, and its configuration says {cfg.sequence.layers}"
-    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
-        return "hooks of all modules would not fire"
-    known = _known()
-    for path, part in qwen.named_modules():
-        unlike = _changed(part, known) or _odd(part, cfg.sequence, weight)
-        if unlike is not None:
-            return f"{path}: {unlike}" if path else unlike
-    return None
-
-
-def _known() -> set[type]:
-    """The classes that a Qwen3 is made of, which a quantised one or one with adapters is not."""
-    home = sys.modules[_HOME]
-    parts = {getattr(home, f"Qwen3{name}") for name in _PARTS}
-    silu = getattr(sys.modules.get("transformers.activations"), "SiLUActivation", nn.SiLU)
-    return {*parts, nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, silu}
-
-
-def _changed(part: nn.Module, known: set[type]) -> str | None:
-    """What somebody has done to one module of a Qwen3, or None."""
-    original = part.plan.original if isinstance(part, Swapped) else type(part)
-    if original not in known:
-        return f"{original.__name__} is no part of a plain Qwen3 and may compute something else"
-    replaced = [
-        name for name, value in vars(part).items() if callable(value) and callable(getattr(original, name, None))
-    ]
-    if replaced:
-        return f"its {', '.join(sorted(replaced))} was replaced on the object"
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-    if any(getattr(hook, "__module__", None) != _QUIET for hook in hooks):
-        return "its hooks would not fire"
-    return None
-
-
-def _odd(part: Any, seq: SequenceConfig, like: Tensor) -> str | None:
-    """What one module of a Qwen3 has that its configuration does not say, or None."""
-    for p in part._parameters.values():
-        if p is not None and not (type(p) is nn.Parameter and p.layout == torch.strided and p.dtype in _DTYPES):
-            return "its weights are not plain floating numbers"
-        if p is not None and (p.dtype, p.device) != (like.dtype, like.device):
-            return f"its weights are {p.dtype} on {p.device}, those of the head {like.dtype} on {like.device}"
-    if part._parameters.get("bias") is not None or getattr(part, "max_norm", None) is not None:
-        return "it has a bias or a max_norm"
-    scale = seq.head_dim**-0.5
-    for name, usual in (("variance_epsilon", seq.rms_eps), ("scaling", scale), ("attention_scaling", 1.0)):
-        if getattr(part, name, usual) != usual:
-            return f"its {name} is {getattr(part, name)}, not {usual}"
-    if part.training and getattr(part, "attention_dropout", 0):
-        return f"its attention_dropout is {part.attention_dropout}, and it is in training mode"
-    if getattr(part, "sliding_window", None) is not None:
-        return "it has a sliding window"
-    if hasattr(part, "inv_freq"):
-        exponent = torch.arange(0, seq.head_dim, 2, dtype=torch.float64, device=part.inv_freq.device) / seq.head_dim
-        angles = part.inv_freq.double()
-        if angles.shape != exponent.shape or not torch.allclose(angles, seq.rope_theta**-exponent, rtol=1e-6, atol=0):
-            return (
-                f"its inv_freq are not those of theta {seq.rope_theta:g}: .to() rounds them like weights, so give the "
-                "dtype to from_pretrained() in its place"
-            )
-    return None
 
 
 class _Mirror:
@@ -148,20 +66,26 @@ class _Mirror:
     def __init__(self, cfg: FlexLAMConfig) -> None:
         with torch.device("meta"):  # nothing is drawn and nothing allocated
             self.model = SequenceModel(cfg).eval()
-        self.names = {"codes": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+        names = {"codes": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
         for i in range(cfg.sequence.layers):
-            self.names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in BLOCK_NAMES.items()}
+            names |= {f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in BLOCK_NAMES.items()}
+        parts = [(self.model.get_submodule(ours), theirs.split(".")) for ours, theirs in names.items()]
+        #: Modules here, the names that lead to their counterparts in a Qwen3, and the shapes of their weights.
+        self.parts = [(part, theirs, part.get_parameter("weight").shape) for part, theirs in parts]
         self.runner: Runner | None = None
         self.key: object = None
 
     def share(self, qwen: nn.Module) -> str | None:
         """Take over the ``Parameter`` objects of ``qwen``; the one that does not fit is named."""
-        for ours, theirs in self.names.items():
-            part, weight = self.model.get_submodule(ours), qwen.get_parameter(f"{theirs}.weight")
-            old = self.model.get_parameter(f"{ours}.weight")
-            if old.shape != weight.shape:
-                return f"{theirs}: expected weights {list(old.shape)}, got {list(weight.shape)}"
-            if old is not weight:
+        for part, names, shape in self.parts:
+            theirs = qwen
+            for name in names:
+                theirs = theirs._modules[name]  # type: ignore[assignment]
+            weight = theirs._parameters["weight"]
+            assert weight is not None  # which is an obstacle
+            if shape != weight.shape:
+                return f"{'.'.join(names)}: expected weights {list(shape)}, got {list(weight.shape)}"
+            if part._parameters["weight"] is not weight:
                 part.weight = weight
         return None
 
@@ -190,15 +114,35 @@ def mirror_of(qwen: Any) -> _Mirror | str:
 class _AcceleratedQwen3(Swapped):
     """What takes the place of a Qwen3's ``generate``."""
 
+    @staticmethod
+    def obstacle(module: Any) -> str | None:
+        """As :func:`obstacle`, and whether the shapes of its weights fit."""
+        why = obstacle(module)
+        mirror = None if why is not None else mirror_of(module)
+        return mirror if isinstance(mirror, str) else why
+
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Tokens int64 ``[B, N + new]`` as the original's; whatever is not plain greedy is the original's to answer."""
-        how = None if args else read(self, self.plan.original, inputs, generation_config, kwargs)
-        if isinstance(how, Greedy) and obstacle(self) is None:
-            mirror = mirror_of(self)
-            if isinstance(mirror, _Mirror):
-                stop = AllEnded(how) if how.ends else None
-                return how.finish(plain.generate(mirror.way(self.plan.asked), how.prompt, how.most, stop))
-        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+        plan = getattr(type(self), "plan", None)
+        if plan is None:  # somebody has held this method since before an undo
+            return type(self).generate(self, inputs, generation_config, *args, **kwargs)
+        asked = "it is called with further arguments" if args else _read(self, plan, inputs, generation_config, kwargs)
+        if isinstance(asked, str):
+            note(self, asked)
+            return plan.original.generate(self, inputs, generation_config, *args, **kwargs)
+        how, mirror = asked
+        stop = AllEnded(how) if how.ends else None
+        return how.finish(plain.generate(mirror.way(plan.asked), how.prompt, how.most, stop))
+
+
+def _read(qwen: Any, plan: Plan, inputs: Any, config: Any, options: dict[str, Any]) -> tuple[Greedy, _Mirror] | str:
+    """What a call of ``generate`` asks for and what answers it, or in one sentence why the original has to."""
+    unlike = obstacle(qwen)
+    how = unlike or read(qwen, plan.original, inputs, config, options)
+    if isinstance(how, str):
+        return how
+    mirror = mirror_of(qwen)
+    return mirror if isinstance(mirror, str) else (how, mirror)
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexlam_fast.swapped import is_plain
+
 #: Options that are read here.
 _READ = {"max_length", "max_new_tokens", "eos_token_id", "pad_token_id"}
 #: Options that say nothing when the likeliest token is taken; a Qwen3 that is downloaded brings some of them along.
@@ -51,7 +53,8 @@ class AllEnded:
         self.every = 1 if asked.prompt.device.type == "cpu" else _EVERY
 
     def __call__(self, code: Tensor) -> bool:
-        self.ended |= torch.isin(code, self.ends)
+        # not in place: what inference mode made may not be written to outside of it, where codes are generated
+        self.ended = self.ended | torch.isin(code, self.ends)
         self.count += 1
         return self.count % self.every == 0 and bool(self.ended.all())
 
@@ -72,7 +75,7 @@ def read(model: Any, original: type, inputs: Any, config: Any, options: dict[str
     if (ids is None) == (inputs is None):
         return "expected one of inputs and input_ids"
     prompt = inputs if ids is None else ids
-    if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.dtype != torch.int64 or not prompt.numel():
+    if not is_plain(prompt) or prompt.dim() != 2 or prompt.dtype != torch.int64 or not prompt.numel():
         return "input_ids are not int64 [B, N]"
     if prompt.device != model.lm_head.weight.device:
         return "input_ids are on another device"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,14 +94,29 @@ def test_under_another_default_dtype_it_is_left() -> None:
     assert [part.reason for part in record.left] == [reason]
 
 
-def test_an_unknown_release_is_tried_before_it_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize, count = FSQ.quantize, FSQ.codes_to_indices
-    monkeypatch.setattr(FSQ, "quantize", lambda self, z: quantize(self, z * 1.1))
-    assert "gives other values than the formula" in accelerate(FSQ(L)).left[0].reason
-    monkeypatch.setattr(FSQ, "quantize", quantize)
-    monkeypatch.setattr(FSQ, "codes_to_indices", lambda self, zhat: (count(self, zhat) - 1).clamp_min(0))
-    assert "gives other codes than the formula" in accelerate(FSQ(L)).left[0].reason
-    assert accelerate(FSQ(L, return_indices=False)).left == (), "no codes, no wrong codes"
+def release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str) -> Any:
+    """The class FSQ of another release: of a module of the same name whose file has ``new`` in the place of ``old``."""
+    text = Path(home.__file__).read_text()
+    assert old in text
+    file = tmp_path / f"release{len(list(tmp_path.iterdir()))}.py"
+    file.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(home.__name__, file)
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, home.__name__, other)
+    spec.loader.exec_module(other)
+    return other.FSQ
+
+
+def test_an_unknown_release_is_tried_before_it_is_swapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = release(monkeypatch, tmp_path, "maybe_tanh(z + shift)", "maybe_tanh(1.1 * z + shift)")
+    assert "gives other values than the formula" in accelerate(other(L)).left[0].reason
+    other = release(monkeypatch, tmp_path, ".round().to(int32)", ".round().sub(1).clamp(min = 0).to(int32)")
+    assert "gives other codes than the formula" in accelerate(other(L)).left[0].reason
+    assert accelerate(other(L, return_indices=False)).left == (), "no codes, no wrong codes"
+    other = release(monkeypatch, tmp_path, "1e-3", "1e-3 * 1")
+    assert len(accelerate(other(L)).swapped) == 1
 
 
 def test_an_option_of_a_newer_release_is_left_unless_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

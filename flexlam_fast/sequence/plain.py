@@ -6,7 +6,8 @@ sees all those before it. The ways through the layers are those of a decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from flexlam_fast.sequence.cache import Placement
 from flexlam_fast.sequence.decode import Runner
 from flexlam_fast.sequence.eager import Eager
 from flexlam_fast.sequence.fused import Fused
+from flexlam_fast.sequence.layers import pack
 from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.sequence.native import Native
 from flexlam_fast.sequence.packed import Packed, PackedStep, bias_of
@@ -163,8 +165,20 @@ def takes_kernels(seq: SequenceConfig, backend: str, device: torch.device, dtype
     return REFERENCE not in found
 
 
-@torch.inference_mode(False)  # so that weights which are packed here can be trained later
-@torch.no_grad()
+@contextmanager
+def _mode_of(model: SequenceModel) -> Iterator[None]:
+    """Inference mode if the weights were made in it, whoever calls; else not, so that what is packed can be trained."""
+    with torch.inference_mode(model.head.weight.is_inference()), torch.no_grad():
+        yield
+
+
+def pack_weights(runner: Runner) -> None:
+    """Lay the weights out as ``runner`` reads them, which it does itself where they have changed since."""
+    if not isinstance(runner, Eager):
+        with _mode_of(runner.model):
+            pack(runner.model, [])
+
+
 def generate(runner: Runner, codes: Tensor, k: int, stop: Callable[[Tensor], bool] | None = None) -> Tensor:
     """Continue ``codes`` integers ``[B, N]`` greedily: int32 ``[B, k]``, or fewer columns where ``stop`` ended it.
 
@@ -174,6 +188,11 @@ def generate(runner: Runner, codes: Tensor, k: int, stop: Callable[[Tensor], boo
         k: how many to generate; ``k - 1`` further passes.
         stop: asked after every code but the last, int32 ``[B]``, whether to end with it.
     """
+    with _mode_of(runner.model):
+        return _generate(runner, codes, k, stop)
+
+
+def _generate(runner: Runner, codes: Tensor, k: int, stop: Callable[[Tensor], bool] | None) -> Tensor:
     model, (batch, n), pages = runner.model, codes.shape, _pages_of(runner, codes, k)
     slots, logits = model.cfg.bottleneck.slots, torch.empty(0)
     together = max(PREFILL // max(batch, 1), PAGE)
