@@ -105,13 +105,20 @@ def test_a_game_ends_with_its_killed_player_and_leaves_nothing(tmp_path: Path) -
     assert shared_memory(children.values()) == []
 
 
+def heed_interrupts() -> None:
+    """Take SIGINT again: what a shell starts in the background, tests too, ignores it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @linux
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_workers_games_and_folders_end_with_a_collection(tmp_path: Path, number: int, status: int) -> None:
     """Killed, or stopped by Ctrl-C, which a terminal sends to every process of the command."""
     command = ["-m", "flexlam_fast", "collect", "--output=set", "--scenarios=take_cover", "--steps=10000000"]
     with (tmp_path / "said").open("w", encoding="utf-8") as said:
-        main = subprocess.Popen([sys.executable, *command], cwd=tmp_path, stderr=said, start_new_session=True)
+        main = subprocess.Popen(
+            [sys.executable, *command], cwd=tmp_path, stderr=said, start_new_session=True, preexec_fn=heed_interrupts
+        )
     assert wait_until(lambda: main.poll() is None and len(games(main.pid)) == 2)
     children = descendants(main.pid)
     assert len(children) >= 5  # two workers with a game each, and the tracker of multiprocessing

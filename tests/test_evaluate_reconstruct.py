@@ -156,7 +156,7 @@ def test_small_frames_have_a_table_and_a_strip(size: int, tmp_path: Path) -> Non
     long = "holidays in the mountains/" + "of_many_words_" * 9
     film = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), dtype=np.uint8)
     with EpisodeWriter(tmp_path / "data", (size, size, 3), ()) as writer:
-        for task in (long, "\u0431\u0435\u0433", "", "x" * 400):
+        for task in (long, "\u0431\u0435\u0433", "t", "x" * 400):
             writer.add(film, None, None, task, "test")
     data = EpisodeStore.open(tmp_path / "data")
     result = reconstruct_lam(LatentActionModel(cfg).eval(), data, (0, 4), output=tmp_path / "out", progress=False)
