@@ -54,7 +54,7 @@ def test_the_script_says_on_a_cpu_where_the_milliseconds_go(tmp_path: Path, caps
         ("--batch 0", "batch_size: expected an integer in 1..1000000, got 0"),
         ("--decisions 0", "decisions: expected at least 1, got 0"),
         ("--level 3", "level: expected 0 (off), 1 (stages) or 2 (stages and layers), got 3"),
-        ("--preset small", "preset: expected one of ['dmlab', 'tiny'], got 'small'"),
+        ("--preset small", "preset: expected one of dmlab, tiny, got 'small'"),
         ("--device gpu", "device: expected cpu or cuda, got 'gpu'"),
         ("--device cuda:99", "device: expected a CUDA device that torch sees for 'cuda:99', got none"),
     ],
