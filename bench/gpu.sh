@@ -38,7 +38,7 @@ tests() {
         accelerate_qwen_left accelerate_qwen_weights accelerate_qwen_record accelerate_qwen_copies profile_timeline
         profile_shell native_block native_tiles engine engine_cuda ops_rows ops_rows_contracts ops_rotary ops_loss
         ops_draws ops_patches ops_flow_loss ops_varlen ops_varlen_packages packing train_loader data_resident step
-        train_fast repeat)
+        train_fast repeat originals accelerate_states accelerate_replaced accelerate_others accelerate_qwen_others)
     local files=("${names[@]/#/tests/test_}")
     "$PYTHON" -m pytest -q "${files[@]/%/.py}"
 }

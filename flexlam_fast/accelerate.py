@@ -53,7 +53,7 @@ class Acceleration:
 
     def paused(self) -> dict[str, str]:
         """Which of the swapped modules, by path, a call would find on the original's own method now, each with why."""
-        found = {part.path: _obstacle(module) for part, module in zip(self.swapped, self._modules, strict=True)}
+        found = {part.path: _obstacle(module) for part, module in zip(self.swapped, self._modules, strict=False)}
         return {path: why for path, why in found.items() if why is not None}
 
     def undo(self) -> None:
@@ -65,6 +65,7 @@ class Acceleration:
             module, name, before, after = self._changes.pop()
             if getattr(module, name) == after:
                 setattr(module, name, before)
+        self._modules = []  # nothing is swapped any more, and nothing is kept
 
     def __enter__(self) -> Acceleration:
         return self
@@ -80,15 +81,14 @@ class Acceleration:
         for verb, parts in (("swapped", self.swapped), ("left", self.left)):
             for path, kind, backend, reason in parts:
                 lines.append(f"  {verb:<7}  {path or self._root:<{wide}}  {kind}: {backend or reason}")
-        if self._changes:  # or it has been undone
-            lines += self._on_the_original(wide)
+        lines += self._on_the_original(wide)
         why = dict.fromkeys((part.backend, part.reason) for part in self.swapped)
         return "\n".join([*lines, *(f"  {backend}: {reason}" for backend, reason in why)])
 
     def _on_the_original(self, wide: int) -> list[str]:
         """A line for every swapped module that the original would answer for now, or has answered for."""
         paused, lines = self.paused(), []
-        for (path, kind, *_), module in zip(self.swapped, self._modules, strict=True):
+        for (path, kind, *_), module in zip(self.swapped, self._modules, strict=False):
             now, earlier = paused.get(path), noted(module)
             verb, why = ("paused", now) if now else ("earlier", f"a call went to the original: {earlier}")
             if now or earlier:
@@ -103,8 +103,10 @@ def accelerate(module: nn.Module, backend: str = AUTO) -> Acceleration:
 
     Results stay what they were. Of a quantizer, codes are equal, and so are values, shapes and dtypes; gradients agree
     within fp32 rounding. Of a Qwen3, greedy ``generate`` gives the same tokens, unless two logits are as close as
-    rounding. What computes another function is left, and an option that is changed later is obeyed: that call takes
-    the original's own method. What is swapped is pickled as the original class.
+    rounding. What computes another function is left, and what is changed later is obeyed, be it an option, a weight, or
+    a function that somebody replaces in the original's library: that call takes the original's own method, as it does
+    where something of torch has to see the original's operations. What ``torch.compile`` has compiled sees such changes
+    by its guards, but not other numbers in a quantizer's buffers. What is swapped is pickled as the original class.
 
     Args:
         module: any module; it is changed in place.

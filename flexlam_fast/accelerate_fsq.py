@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from flexlam_fast import ops
 from flexlam_fast.backend import AUTO, REFERENCE, BackendChoice
 from flexlam_fast.errors import BackendError
-from flexlam_fast.originals import Place, Watch, reachable
+from flexlam_fast.originals import Watch, reachable
+from flexlam_fast.provenance import Place
 from flexlam_fast.swapped import Change, Plan, Swapped, is_compiling, is_plain, is_unwatched, note, onlooker
 
 # An FSQ can only exist where this module is loaded already, so it is looked up and never imported.
@@ -115,7 +116,7 @@ def _subclassed(fsq: Any) -> str:
 def narrow(choice: BackendChoice, levels: tuple[int, ...], device: torch.device, backend: str) -> BackendChoice:
     """``choice``, or the reference where ``auto`` chose kernels that do not take these levels."""
     try:
-        ops.fsq(torch.zeros(1, 1, len(levels)).to(device, torch.float32), levels, backend=choice.name)
+        ops.fsq(torch.zeros(1, 1, len(levels), dtype=_FP32, device=device), levels, backend=choice.name)
     except BackendError as error:
         if backend != AUTO:
             raise
@@ -186,6 +187,8 @@ def _has_levels(buffers: dict[str, Any], levels: tuple[int, ...]) -> bool:
 
 def _other_levels(fsq: Any, levels: tuple[int, ...]) -> str | None:
     """Whether somebody has put other numbers into its buffers; a GPU is asked once for each tensor."""
+    if _has_levels(fsq._buffers, levels):
+        return None
     tensors = [fsq._buffers.get(name) for name in ("_levels", "_basis")]
     expected = levels, tuple(math.prod(levels[:i]) for i in range(len(levels)))
     for name, tensor, numbers in zip(("_levels", "_basis"), tensors, expected, strict=True):

@@ -18,7 +18,8 @@ from torch.nn.modules import module as hooks_of_all
 
 from flexlam_fast.config import SequenceConfig
 from flexlam_fast.errors import FlexLAMError
-from flexlam_fast.originals import Place, Watch, reachable
+from flexlam_fast.originals import Watch, reachable
+from flexlam_fast.provenance import Place, defines
 from flexlam_fast.sequence.convert import config_from_qwen3
 from flexlam_fast.swapped import is_compiling, onlooker
 
@@ -39,7 +40,12 @@ _FOLLOWED = (
     )),
 )  # fmt: skip
 _READS = ("__getitem__", "get_interface")  # of tables of attention functions
-_CACHES = ("Cache", "DynamicCache", "DynamicLayer")
+#: Classes that take part in a call, and are asked by all of their methods.
+_HELPERS = {
+    "cache_utils": ("Cache", "DynamicCache", "DynamicLayer"),
+    "generation.logits_process": ("LogitsProcessorList",),
+    "generation.stopping_criteria": ("StoppingCriteriaList", "MaxLengthCriteria", "EosTokenCriteria"),
+}
 _TORCH: dict[Any, tuple[str, ...]] = {
     torch.nn.functional: ("linear", "embedding", "silu", "softmax", "dropout", "scaled_dot_product_attention"),
     torch: ("matmul", "cat", "rsqrt", "arange", "argmax"),
@@ -225,25 +231,32 @@ def _watch(attention: str) -> Watch:
 
 
 def _roots(attention: str) -> Iterator[Place]:
-    home, caches = sys.modules.get(HOME), sys.modules.get("transformers.cache_utils")
+    home = sys.modules.get(HOME)
     yield from (Place(home, f"Qwen3{name}") for name in _PARTS)
     for kind in _known() - {nn.ModuleList}:
         yield from (Place(kind, name) for name in _CALLS)
-    causal = getattr(home, f"Qwen3{_PARTS[0]}")
-    for kind in (causal, *(getattr(caches, name) for name in _CACHES if hasattr(caches, name))):
+    helpers = [getattr(home, f"Qwen3{_PARTS[0]}")]
+    for module, names in _HELPERS.items():
+        found = (getattr(sys.modules.get(f"transformers.{module}"), name, None) for name in names)
+        helpers += [kind for kind in found if kind is not None]
+    for kind in helpers:
         for base in kind.__mro__:
-            if base.__module__ in _FOLLOWED:
-                yield from (Place(kind, name) for name, value in vars(base).items() if _is_method(name, value))
+            if base.__module__ in (*_FOLLOWED, kind.__module__):
+                yield from (Place(kind, name) for name, value in vars(base).items() if _is_method(base, name, value))
     for holder, names in _TORCH.items():
         yield from (Place(holder, name) for name in names)
     masks = sys.modules.get("transformers.masking_utils")
-    for module, name in ((home, "ALL_ATTENTION_FUNCTIONS"), (masks, "ALL_MASK_ATTENTION_FUNCTIONS")):
-        table = getattr(module, name, None)
+    for where, name in ((home, "ALL_ATTENTION_FUNCTIONS"), (masks, "ALL_MASK_ATTENTION_FUNCTIONS")):
+        table = getattr(where, name, None)
         if table is not None:
             yield from (Place(type(table), reads) for reads in _READS if hasattr(type(table), reads))
             yield Place(table, attention)
 
 
-def _is_method(name: str, value: Any) -> bool:
-    """Whether a class's attribute is a method that may run in a call: not what builds, prints or loads one."""
-    return isinstance(value, FunctionType) and name not in ("__init__", "__repr__", "extra_repr", "from_pretrained")
+def _is_method(base: type, name: str, value: Any) -> bool:
+    """Whether an attribute of a class is a method of the library's that may run in a call.
+
+    None is what builds, prints or compares an object, nor what somebody has added under a name that nobody calls.
+    """
+    runs = not name.startswith("__") or name in _CALLS or name in ("__getitem__", "__iter__", "__len__")
+    return isinstance(value, FunctionType) and runs and defines(base.__module__, name)

@@ -87,7 +87,7 @@ def is_unwatched() -> bool:
         and _transform() is None
         and forward_ad._current_level < 0
         and not _count_modes()
-        and not _count_function_modes()
+        and (not _count_function_modes() or not _function_modes())
     )
 
 
@@ -108,11 +108,15 @@ def onlooker() -> str | None:
     if _count_modes():
         return f"{type(_get_current_dispatch_mode_stack()[-1]).__name__} is on and has to see every operation"
     if _count_function_modes():
-        # a default device is such a mode too, and none of the modules here makes a tensor without naming a device
-        modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        modes = _function_modes()
         if modes:
             return f"{type(modes[-1]).__name__} is on and has to see every function"
     return None
+
+
+def _function_modes() -> list[Any]:
+    """Modes that see every function of torch; a default device is one too, and of no matter for results here."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def note(module: nn.Module, why: str) -> None:

@@ -40,6 +40,7 @@ ROWS = (
         "policy",
         "checkpoint",
         "run_folder",
+        "provenance",
         "originals",
         "swapped",
         "greedy",

@@ -13,13 +13,24 @@ import pytest
 import torch
 from state_cases import replaced
 
-from flexlam_fast.originals import Place, Watch, reachable
+from flexlam_fast.originals import Watch, reachable
+from flexlam_fast.provenance import Place
 
 SOURCE = """
 import functools
 from collections.abc import Callable
+from string import Template as Text
+from textwrap import dedent as trim
 
 import torch
+
+
+class Called:
+    def __call__(self, x):
+        return x
+
+
+called = Called()
 
 
 def decorated(function):
@@ -48,15 +59,18 @@ class Base:
         return helper(x)
 
 
+renamed = other
+
+
 class Part(Base):
     @decorated
     @torch.no_grad()
     def forward(self, x):
-        return helper(x) if cached(1) else torch.sin(x)
+        return helper(x) if cached(1) else torch.sin(called(x))
 
     @staticmethod
     def plainly(x):
-        return other(x)
+        return renamed(x) or trim(x) or Text(x)
 """
 
 
@@ -79,7 +93,9 @@ def test_what_the_library_made_is_its_own_with_its_decorators(library: Any) -> N
     assert seen.replaced() is None
     assert seen.is_same()
     names = {name for _, name, _ in seen.pairs}
-    assert names == {"forward", "inherited", "plainly", "helper", "other", "cached", "Callable"}
+    assert names == {
+        "forward", "inherited", "plainly", "helper", "renamed", "cached", "called", "Callable", "trim", "Text",
+    }  # fmt: skip
 
 
 def foreign(x: Any, *_: Any) -> Any:
@@ -104,6 +120,9 @@ REPLACED: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
     "a static method": ("Part", "plainly", lambda m: staticmethod(foreign), "Part.plainly was replaced by foreign"),
     "a wrapper": ("Part", "inherited", lambda m: wrapped(m.Part.inherited), "Part.inherited was replaced by"),
     "another of the library": ("", "helper", lambda m: m.other, "alibrary.helper was replaced by other of alibrary"),
+    "one that has another name there": ("", "trim", lambda m: foreign, "alibrary.trim was replaced by foreign of"),
+    "an object": ("", "called", lambda m: functools.partial(foreign), "alibrary.called was replaced by an object of"),
+    "a class": ("", "Text", lambda m: types.SimpleNamespace, "alibrary.Text was replaced by SimpleNamespace of types"),
     "a partial": ("", "helper", lambda m: functools.partial(m.helper), "alibrary.helper was replaced by an object"),
     "a cache": ("", "cached", lambda m: functools.lru_cache(foreign), "alibrary.cached was replaced by foreign"),
     "autocast": ("Part", "inherited", lambda m: torch.autocast("cpu")(m.Part.inherited), "Part.inherited was replaced"),
@@ -149,7 +168,7 @@ def test_what_is_deleted_is_seen(library: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_decorators_that_only_switch_what_autograd_records_change_nothing(library: Any) -> None:
     seen = watch(library)
-    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad(), torch.compiler.disable):
         with replaced(library.Base, "inherited", mode(library.Base.inherited)):
             assert seen.replaced() is None
 
