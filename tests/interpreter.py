@@ -15,14 +15,14 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 def product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
     """``a [..., M, K] @ b [..., K, N]`` in ``dtype``: halves of ``K`` are added until one is left.
 
-    As in a fused multiply-add, a product is not rounded before it is added.
+    Products and sums are fp64 and rounded once: no processor's order of fp32 sums is taken for the kernel's.
     """
     wide = np.promote_types(dtype, np.float64) if np.issubdtype(dtype, np.floating) else dtype
     terms = a.astype(wide)[..., :, :, None] * b.astype(wide)[..., None, :, :]
     while (count := terms.shape[-2]) > 1:
         half = count // 2
-        rest = terms[..., 2 * half :, :].astype(dtype)
-        terms = (terms[..., :half, :] + terms[..., half : 2 * half, :]).astype(dtype)
+        rest = terms[..., 2 * half :, :]
+        terms = terms[..., :half, :] + terms[..., half : 2 * half, :]
         if rest.shape[-2]:
             terms = np.concatenate([terms, rest], axis=-2)
     return terms[..., 0, :].astype(dtype)
