@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -24,7 +24,7 @@ from flexlam_fast.backend import AUTO, REFERENCE, BackendChoice
 from flexlam_fast.errors import BackendError
 from flexlam_fast.originals import Watch, reachable
 from flexlam_fast.provenance import Place
-from flexlam_fast.swapped import Change, Plan, Swapped, is_compiling, is_plain, is_unwatched, note, onlooker
+from flexlam_fast.swapped import Change, Plan, Swapped, interceptor, is_compiling, is_direct, is_plain, note
 
 # An FSQ can only exist where this module is loaded already, so it is looked up and never imported.
 _HOME = "vector_quantize_pytorch.finite_scalar_quantization"
@@ -58,7 +58,7 @@ def swap(fsq: nn.Module, kind: Any, asked: str, choice: BackendChoice) -> tuple[
     Raises:
         BackendError: one asked for by name does not take its levels.
     """
-    watch, unlike = _watch_of(kind), onlooker() or _strange(fsq, kind)
+    watch, unlike = _watch_of(kind), interceptor() or _strange(fsq, kind)
     if unlike is None:
         levels = tuple(fsq._levels.tolist())  # type: ignore[operator]
         unlike = _option(fsq, levels) or watch.replaced() or _other_levels(fsq, levels)
@@ -75,21 +75,21 @@ def swap(fsq: nn.Module, kind: Any, asked: str, choice: BackendChoice) -> tuple[
 def obstacle(fsq: Any) -> str | None:
     """Why a call of ``fsq``, which was swapped, would take the original's ``forward`` now, or None."""
     if is_compiling():
-        return onlooker() or _obstacle_compiled(fsq, fsq.plan)
+        return interceptor() or _obstacle_compiled(fsq, fsq.plan)
     plan = vars(type(fsq)).get("plan")
     if plan is None:
         return _subclassed(fsq)
-    if _is_as_it_was(fsq, plan):
+    if _is_unchanged(fsq, plan):
         return None
-    why = onlooker() or _option(fsq, plan.levels) or plan.watch.replaced()
+    why = interceptor() or _option(fsq, plan.levels) or plan.watch.replaced()
     return why or _other_levels(fsq, plan.levels)
 
 
-def _is_as_it_was(fsq: Any, plan: Plan) -> bool:
+def _is_unchanged(fsq: Any, plan: Plan) -> bool:
     """Whether nothing at all has changed since ``fsq`` was swapped: what every call asks, in 2 us."""
     state = fsq.__dict__
     return (
-        is_unwatched()
+        is_direct()
         and plan.options(state) == plan.values
         and state.keys().isdisjoint(_METHODS)
         and torch.get_default_dtype() is _FP32
@@ -168,21 +168,26 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], Any]:
     return itemgetter(*names)
 
 
-#: Buffers of levels whose numbers have been read, by their ids: references to them and to the bases that stood beside
-#: them, the versions of both then, and the levels.
-_known: dict[int, tuple[ref[Tensor], int, ref[Tensor], int, tuple[int, ...]]] = {}
+class _Read(NamedTuple):
+    """Buffers that have been read: the levels, the basis beside them, and the versions of both (None: not counted)."""
+
+    tensor: ref[Tensor]
+    basis: ref[Tensor]
+    versions: tuple[int, int] | None
+    levels: tuple[int, ...]
+
+
+#: What has been read, by the ids of the buffers of levels.
+_known: dict[int, _Read] = {}
 
 
 def _has_levels(buffers: dict[str, Any], levels: tuple[int, ...]) -> bool:
     """Whether the buffers are known to hold these levels."""
     tensor, basis = buffers.get("_levels"), buffers.get("_basis")
     known = _known.get(id(tensor))
-    return (
-        known is not None
-        and known[0]() is tensor
-        and known[2]() is basis
-        and (known[1], known[3], known[4]) == (tensor._version, basis._version, levels)  # type: ignore[union-attr]
-    )
+    if known is None or known[0]() is not tensor or known[1]() is not basis or known[3] != levels:
+        return False
+    return known[2] is None or known[2] == (tensor._version, basis._version)  # type: ignore[union-attr]
 
 
 def _other_levels(fsq: Any, levels: tuple[int, ...]) -> str | None:
@@ -194,9 +199,11 @@ def _other_levels(fsq: Any, levels: tuple[int, ...]) -> str | None:
     for name, tensor, numbers in zip(("_levels", "_basis"), tensors, expected, strict=True):
         if tensor is None or (not tensor.is_meta and tuple(tensor.tolist()) != numbers):
             return f"its {name} was changed"
-    if not any(tensor.is_inference() for tensor in tensors):  # those count no versions, and are read every time
+    counted = not any(tensor.is_inference() for tensor in tensors)
+    if counted or not tensors[0].is_cpu:  # those of inference mode count no versions, and a CPU may look every time
         (tensor, basis), key = tensors, id(tensors[0])
-        _known[key] = ref(tensor, lambda _: _known.pop(key, None)), tensor._version, ref(basis), basis._version, levels
+        versions = (tensor._version, basis._version) if counted else None
+        _known[key] = _Read(ref(tensor, lambda _: _known.pop(key, None)), ref(basis), versions, levels)
     return None
 
 

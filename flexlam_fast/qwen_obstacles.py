@@ -21,7 +21,7 @@ from flexlam_fast.errors import FlexLAMError
 from flexlam_fast.originals import Watch, reachable
 from flexlam_fast.provenance import Place, defines
 from flexlam_fast.sequence.convert import config_from_qwen3
-from flexlam_fast.swapped import is_compiling, onlooker
+from flexlam_fast.swapped import interceptor, is_compiling
 
 # A Qwen3 can only exist where this module is loaded already, so it is looked up and never imported.
 HOME = "transformers.models.qwen3.modeling_qwen3"
@@ -58,7 +58,7 @@ def obstacle(qwen: Any) -> str | None:
     if is_compiling():
         return "torch.compile traces the call"
     try:
-        return onlooker() or _obstacle(qwen)
+        return interceptor() or _obstacle(qwen)
     except FlexLAMError as error:
         return str(error)
     except AttributeError as error:
@@ -73,17 +73,17 @@ def _obstacle(qwen: Any) -> str | None:
         if unlike is not None:
             return f"{path}: {unlike}" if path else unlike
     weight = qwen.lm_head.weight
-    unlike = _whole(qwen, cfg, weight)
+    unlike = _odd_model(qwen, cfg, weight)
     if unlike is not None:
         return unlike
     for path, part in parts:
-        unlike = _odd(part, cfg, weight) or _elsewhere(part, qwen.config)
+        unlike = _odd(part, cfg, weight) or _other_config(part, qwen.config)
         if unlike is not None:
             return f"{path}: {unlike}" if path else unlike
     return _watch(qwen.config._attn_implementation).replaced()
 
 
-def _whole(qwen: Any, cfg: SequenceConfig, weight: Tensor) -> str | None:
+def _odd_model(qwen: Any, cfg: SequenceConfig, weight: Tensor) -> str | None:
     """What is unlike a plain Qwen3 of the model as a whole; ``weight`` is its head's."""
     if weight.is_meta:
         return "it is on the meta device"
@@ -174,7 +174,7 @@ def _odd(part: nn.Module, seq: SequenceConfig, like: Tensor) -> str | None:
     if state.get("sliding_window") is not None:
         return "it has a sliding window"
     inv_freq = state.get("inv_freq", part._buffers.get("inv_freq"))
-    return None if inv_freq is None else _turned(inv_freq, seq)
+    return None if inv_freq is None else _other_frequencies(inv_freq, seq)
 
 
 def _other_weight(p: nn.Parameter, like: Tensor) -> str | None:
@@ -204,7 +204,7 @@ def _usual(seq: SequenceConfig) -> dict[str, Any]:
     }
 
 
-def _turned(inv_freq: Tensor, seq: SequenceConfig) -> str | None:
+def _other_frequencies(inv_freq: Tensor, seq: SequenceConfig) -> str | None:
     """Whether the frequencies of RoPE are others than those of its configuration."""
     exponent = torch.arange(0, seq.head_dim, 2, dtype=torch.float64, device=inv_freq.device) / seq.head_dim
     angles = inv_freq.double()
@@ -216,7 +216,7 @@ def _turned(inv_freq: Tensor, seq: SequenceConfig) -> str | None:
     return None
 
 
-def _elsewhere(part: nn.Module, config: Any) -> str | None:
+def _other_config(part: nn.Module, config: Any) -> str | None:
     """Whether a module reads another configuration than the model's that would choose another attention."""
     mine = vars(part).get("config", config)
     if mine is not config and mine._attn_implementation != config._attn_implementation:

@@ -80,8 +80,8 @@ def is_plain(value: Any) -> bool:
     return type(value) in _PLAIN
 
 
-def is_unwatched() -> bool:
-    """Whether there is no :func:`onlooker`, outside of ``torch.compile``; True is certain, and False is not."""
+def is_direct() -> bool:
+    """Whether there is no :func:`interceptor`, outside of ``torch.compile``; True is certain, and False is not."""
     return (
         _tracing() is None
         and _transform() is None
@@ -91,7 +91,7 @@ def is_unwatched() -> bool:
     )
 
 
-def onlooker() -> str | None:
+def interceptor() -> str | None:
     """What records, counts or transforms torch's operations now, in one sentence, or None.
 
     It has to see those of the original: kernels of ours are called past it. ``torch.compile`` is none, because it takes
