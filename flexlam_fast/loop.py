@@ -122,7 +122,6 @@ def stages_of(
 class DecisionLoop:
     """The sessions of one pool: their cache, previous actions, latest frames, and the state of what is drawn."""
 
-    @torch.inference_mode(False)  # so that decisions in and out of inference mode may write it
     def __init__(
         self, cfg: FlexLAMConfig, capacity: int, device: torch.device, dtype: torch.dtype, pages: torch.dtype, seed: int
     ) -> None:

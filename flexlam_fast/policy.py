@@ -26,7 +26,7 @@ from flexlam_fast.sequence.model import SequenceModel
 from flexlam_fast.translator import Translator
 from flexlam_fast.types import Actions, Decision
 
-MOST_SESSIONS = 1_000_000
+MAX_SESSIONS = 1_000_000
 SEEDS = -(2**63), 2**64 - 1  # that torch takes
 
 
@@ -137,8 +137,8 @@ class Policy(Pretrained):
             self.cache.reset(chosen)
             self.loop.forget(chosen)
             return
-        batch_size = check_budget("batch_size", batch_size, 1, MOST_SESSIONS)
-        room = check_budget("capacity", batch_size if capacity is None else capacity, batch_size, MOST_SESSIONS)
+        batch_size = check_budget("batch_size", batch_size, 1, MAX_SESSIONS)
+        room = check_budget("capacity", batch_size if capacity is None else capacity, batch_size, MAX_SESSIONS)
         seed = int(check_number("seed", seed, *SEEDS, integer=True))
         self.loop = DecisionLoop(self.cfg, room, self.device, self.dtype, self.pages, seed)
         self.cache.open(batch_size)
@@ -199,7 +199,7 @@ class Policy(Pretrained):
         acting = self.cache.opened if sessions is None else self._open_ones(sessions)
         if not acting:
             raise InputError("sessions: expected at least one that acts, got none")
-        how = How(self._budget(budget, deadline_ms, len(acting)), *self._heat(temperature, top_k))
+        how = How(self._budget(budget, deadline_ms, len(acting)), *self._drawing(temperature, top_k))
         host = self._frames(frames, len(acting))
         self.stages.refresh()
 
@@ -241,7 +241,7 @@ class Policy(Pretrained):
             chosen = [check_budget("budgets", k, 1, slots) for k in budgets]
         warm, rounds = check_budget("warm", warm, 0, 1_000_000), check_budget("rounds", rounds, 1, 1_000_000)
         batch = check_budget(
-            "batch_size", len(self.cache.opened) if batch_size is None else batch_size, 1, MOST_SESSIONS
+            "batch_size", len(self.cache.opened) if batch_size is None else batch_size, 1, MAX_SESSIONS
         )
         state = self.loop, self.graphed, self.generator
         try:
@@ -279,11 +279,11 @@ class Policy(Pretrained):
             raise InputError(f"deadline_ms: expected a warm-up first, policy.warmup(batch_size={batch}), got none")
         return table.largest_within(deadline_ms)
 
-    def _heat(self, temperature: float | None, top_k: int | None) -> tuple[float, int | None]:
-        heat = self.cfg.sequence.temperature if temperature is None else temperature
-        heat = float(check_number("temperature", heat, 0, math.inf))
+    def _drawing(self, temperature: float | None, top_k: int | None) -> tuple[float, int | None]:
+        temperature = self.cfg.sequence.temperature if temperature is None else temperature
+        temperature = float(check_number("temperature", temperature, 0, math.inf))
         most = self.cfg.bottleneck.codebook_size
-        return heat, None if top_k is None else check_budget("top_k", top_k, 1, most)
+        return temperature, None if top_k is None else check_budget("top_k", top_k, 1, most)
 
     def _open_ones(self, sessions: Sequence[int]) -> list[int]:
         try:

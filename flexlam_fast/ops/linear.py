@@ -24,7 +24,7 @@ from flexlam_fast.ops.contracts import compiled, define
 from flexlam_fast.ops.gradients import OPS, is_plain
 
 MOST_COLUMNS = 8192  # a program of Triton's kernels for few rows holds whole rows
-MOST_ROWS = 16  # beyond, torch's products are faster on a CPU than C++ that is made for a token or a few
+MAX_ROWS = 16  # beyond, torch's products are faster on a CPU than C++ that is made for a token or a few
 _KERNEL_FLOATS = FLOATS[:3]
 
 
@@ -174,7 +174,7 @@ def _pick(backend: str, device: torch.device, dtype: torch.dtype, most: int, nat
 
 def _for_rows(backend: str | None, x: Tensor) -> str:
     """The backend of a linear layer of ``x``."""
-    if named(backend) == AUTO and x.is_cpu and x.numel() > MOST_ROWS * x.shape[-1]:
+    if named(backend) == AUTO and x.is_cpu and x.numel() > MAX_ROWS * x.shape[-1]:
         return REFERENCE
     return pick(backend, x.device, x.dtype, x.shape[-1], native=True)
 

@@ -75,8 +75,8 @@ class Fused:
 
     def choose(self, logits: Tensor, slot: int, sampling: Sampling | None) -> Tensor:
         """Codes int32 ``[B]`` of ``slot`` from ``logits [B, C]``."""
-        heat, top_k, seed, streams = _drawing(sampling, slot)
-        return choose_codes(logits, heat, top_k, seed, streams, backend=self.backend)
+        temperature, top_k, seed, streams = _drawing(sampling, slot)
+        return choose_codes(logits, temperature, top_k, seed, streams, backend=self.backend)
 
     def feed(self, logits: Tensor, slot: int, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
         """The code of ``slot`` int32 ``[B]``, and its embedding ``[B, 1, hidden]``, in one launch."""
