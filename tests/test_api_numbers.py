@@ -91,7 +91,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "from_qwen3": lambda v: ff.SequenceModel.from_qwen3(v),
     "accelerate": lambda v: ff.accelerate(v),
     "accelerate backend": lambda v: ff.accelerate(torch.nn.Linear(2, 2), backend=v),
-    "set_ranges": lambda v: (ff.set_ranges(v), ff.set_ranges(False)),
+    "set_ranges": lambda v: (ff.set_ranges(v), ff.set_ranges(0)),
     "preset": lambda v: ff.FlexLAMConfig.preset(v),
     "from_json": lambda v: ff.FlexLAMConfig.from_json(v),
     "fsq levels": lambda v: ff.ops.fsq(Z, v),
