@@ -30,10 +30,13 @@ def tile_of(queries: int, rows_of_heads: int, dim: int, size: int) -> Tile:
 
     Half precision takes 64 queries, the height of Hopper's matrix instruction, to each group of 4 warps: 128 where that
     still fills every processor twice, and 16 where there are no more. fp32 has no tensor cores here, and 32 by 32
-    scores are what it holds without spilling; at head size 128 it is 16 by 32 (96 registers, 255 and spills with 32).
+    scores are what it holds without spilling; at head size 128 it is 16 by 16 (96 registers; Triton 3.6 spills two
+    with 32 columns).
     """
+    if size == 4 and dim > 64:
+        return Tile(16, 16, 4, 2)
     if size == 4:
-        return Tile(16 if queries <= 16 or dim > 64 else 32, 32, 4, 2)
+        return Tile(16 if queries <= 16 else 32, 32, 4, 2)
     if queries <= 16:
         return Tile(16, 64, 4, 3)
     if rows_of_heads * triton.cdiv(queries, 128) >= 2 * PROCESSORS:

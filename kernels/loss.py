@@ -76,7 +76,7 @@ def loss_backward_kernel(grad_ptr, logits_ptr, target_ptr, kept_ptr, count_ptr, 
     counts = target != ignored
     largest, sum = tl.load(kept_ptr + 2 * row), tl.load(kept_ptr + 2 * row + 1)
     scale = tl.load(grad_ptr).to(tl.float32) / tl.load(count_ptr)
-    inverse = 1.0 / sum
+    inverse = tl.div_rn(1.0, sum)
     for start in range(0, CODES, BLOCK):
         at = start + column
         x = tl.load(logits_ptr + row * STRIDE + at, mask=(at < CODES) & counts, other=0.0).to(tl.float32)

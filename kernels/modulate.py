@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from flexlam_fast.kernels.pieces import round_to
+from flexlam_fast.kernels.pieces import inverse_root, round_to
 
 ELEMENTS = 2048  # of a tile: 16 for each of 128 threads, and backward twice as many sums
 PROGRAMS = 1056  # of a backward grid, about: 8 for each of an H100's 132 processors; fixed, so that sums are too
@@ -78,7 +78,7 @@ def norm_kernel(x_ptr, scale_ptr, shift_ptr, out_ptr, stats_ptr, x_group, x_row,
     if CENTER:
         mean = tl.sum(y, axis=1) / WIDTH
         y = tl.where(mask, y - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / WIDTH + eps)
+    rstd = inverse_root(tl.sum(y * y, axis=1) / WIDTH + eps)
     y = y * rstd[:, None]
     if not CENTER:
         y = round_to(y, x_ptr.dtype.element_ty, INTERPRET).to(tl.float32)

@@ -17,6 +17,15 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def inverse_root(x):
+    """Return ``1 / sqrt(x)`` of a number that scales a whole row, each operation rounded to nearest.
+
+    Plain ``1.0 / tl.sqrt(x)`` is two approximate instructions on a GPU, whose errors every element of the row shares.
+    """
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def draw_length(block, seed_ptr, edges_ptr, SLOTS: tl.constexpr, BITS: tl.constexpr):
     """Return the retained length of each ``block`` (int64): Philox at its counter, then a search of the edges."""
     at = tl.load(seed_ptr + 1) + block

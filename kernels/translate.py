@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from flexlam_fast.kernels.pieces import round_to, value_of
+from flexlam_fast.kernels.pieces import inverse_root, round_to, value_of
 
 INTERPRETED = triton.knobs.runtime.interpret
 ROWS = 16  # of a program: the height of a matrix instruction
@@ -72,7 +72,7 @@ def _normed(x, weight_ptr, bias_ptr, column, WIDE: tl.constexpr, EPS: tl.constex
     """LayerNorm of fp32 rows whose columns beyond WIDE are zero; they stay zero."""
     mean = tl.sum(x, axis=1) / WIDE
     away = tl.where((column < WIDE)[None, :], x - mean[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(away * away, axis=1) / WIDE + EPS)
+    scale = inverse_root(tl.sum(away * away, axis=1) / WIDE + EPS)
     return away * scale[:, None] * _vector(weight_ptr, column, WIDE) + _vector(bias_ptr, column, WIDE)
 
 
