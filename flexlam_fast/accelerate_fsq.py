@@ -142,8 +142,9 @@ def _option(fsq: Any, levels: tuple[int, ...]) -> str | None:
         value = getattr(fsq, name, False)  # 1.22 has fewer options
         if value:
             return f"{name} is {value}, which {effect}"
-    if not _METHODS.isdisjoint(fsq.__dict__):
-        return f"its {', '.join(sorted(_METHODS & fsq.__dict__.keys()))} was replaced on the object"
+    own = [name for name in sorted(_METHODS) if name in fsq.__dict__]  # torch 2.11 traces no set operation with it
+    if own:
+        return f"its {', '.join(own)} was replaced on the object"
     if fsq.num_codebooks > 1 and not fsq.keep_num_codebooks_dim:
         return f"keep_num_codebooks_dim is False with {fsq.num_codebooks} codebooks"
     if min(levels) < 2:
