@@ -6,8 +6,12 @@ reads; weights and whatever else the function finds by itself are read, and writ
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +19,46 @@ from torch import Tensor
 
 #: Runs before a capture, which load kernels and make what is made once.
 WARM_RUNS = 2
+#: Held during a capture, and by threads that pin memory or start copies to a device.
+CAPTURING = threading.RLock()
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream that all captures on a device record: a pool's memory is reused on the stream that it was taken on.
+
+    Torch's own default is one for all devices, made on whichever is current first.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def warming(device: torch.device) -> Iterator[None]:
+    """Run the block on a stream of its own: after what is queued on the current one, before what follows there."""
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
+    """Record what the block launches on ``device`` into ``graph``, undisturbed by other threads and the collector.
+
+    CUDA's default mode ends a capture when any thread of the process allocates meanwhile; here only this one's calls
+    count. What the garbage collector frees inside a capture would end it as well, so it runs before, and not inside.
+    """
+    with CAPTURING, torch.cuda.device(device):
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_stream_of(device), capture_error_mode="thread_local"):
+                yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class Captured(NamedTuple):
@@ -64,16 +108,13 @@ class GraphedFunction:
 
     def _capture(self, args: tuple[Any, ...]) -> Captured:
         args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        with warming(self.device):
             kept = [(t, t.clone()) for t in self.state()]
             for _ in range(WARM_RUNS):
                 self.function(*args)
             for tensor, before in kept:
                 tensor.copy_(before)
-        torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with recording(graph, self.pool, self.device):
             out = self.function(*args)
         return Captured(graph, args, out)

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexlam_fast.capture import WARM_RUNS, recording, warming
 from flexlam_fast.loop import DecisionLoop, Outcome
 from flexlam_fast.types import Actions
 
 #: Graphs kept at once; the one that was used longest ago gives way. All share one pool of memory.
 MOST_GRAPHS = 32
-#: Runs before a capture, which load kernels and settle constants.
-WARM_RUNS = 2
 
 Decide = Callable[[Tensor, Tensor], Outcome]
 
@@ -38,7 +37,7 @@ class GraphedLoop:
     """Captures and replays decisions of one loop."""
 
     def __init__(self, loop: DecisionLoop) -> None:
-        self.loop = loop
+        self.loop, self.device = loop, loop.pixels.device
         self.captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
         self.done = torch.cuda.Event()
@@ -59,23 +58,33 @@ class GraphedLoop:
         Returns:
             The outcome on the host, in memory of its own.
         """
-        key = (len(frames), *key)
-        found = self.captured.get(key)
-        if found is None:
-            found = self._capture(decide, tuple(frames.shape))
-            self.captured[key] = found
-            if len(self.captured) > MOST_GRAPHS:
-                self.captured.popitem(last=False)
-        self.captured.move_to_end(key)
+        found = self.prepare(key, decide, tuple(frames.shape))
         found.frames.copy_(frames)
         found.sessions.copy_(torch.tensor(sessions))
         found.graph.replay()
-        self.done.record()
+        self.done.record(torch.cuda.current_stream(self.device))
         self.done.synchronize()
         return _map(torch.clone, found.outcome)
 
+    def prepare(self, key: tuple[object, ...], decide: Decide, shape: tuple[int, ...]) -> Captured:
+        """The graph of ``key`` for frames of ``shape`` ``[B, H, W, C]``, captured now if it is new.
+
+        A capture takes as long as hundreds of decisions; it leaves the sessions as they are.
+        """
+        key = (shape[0], *key)
+        if key not in self.captured:
+            self.captured[key] = self._capture(decide, shape)
+            if len(self.captured) > MOST_GRAPHS:
+                self.captured.popitem(last=False)
+        self.captured.move_to_end(key)
+        return self.captured[key]
+
+    def has(self, key: tuple[object, ...], batch: int) -> bool:
+        """Whether a decision of ``batch`` sessions with ``key`` is a replay."""
+        return (batch, *key) in self.captured
+
     def _capture(self, decide: Decide, shape: tuple[int, ...]) -> Captured:
-        device = self.loop.pixels.device
+        device = self.device
         staged = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         numbers = torch.arange(shape[0]).pin_memory()
         frames, sessions = staged.to(device), numbers.to(device)
@@ -85,9 +94,7 @@ class GraphedLoop:
             sessions.copy_(numbers, non_blocking=True)
             return decide(frames, sessions)
 
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        with warming(device):
             # They write the pages that the sessions' next decision writes again before anything reads them; what else
             # a decision changes is put back after each.
             kept = [t.clone() for t in self.loop.state()]
@@ -95,10 +102,9 @@ class GraphedLoop:
                 outcome = run()
                 for state, before in zip(self.loop.state(), kept, strict=True):
                     state.copy_(before)
-        torch.cuda.current_stream(device).wait_stream(side)
         left = _map(lambda t: torch.empty(t.shape, dtype=t.dtype, pin_memory=True), outcome)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with recording(graph, self.pool, device):
             for host, result in zip(_flat(left), _flat(run()), strict=True):
                 host.copy_(result, non_blocking=True)
         return Captured(graph, staged, numbers, left)

@@ -130,13 +130,21 @@ class DecisionLoop:
         self.previous = no_actions(capacity, cfg.translator, device)
         self.pixels = torch.zeros(capacity, cfg.channels, cfg.frame, cfg.frame, device=device, dtype=dtype)
         self.seed = torch.tensor([seed % 2**63, 0], device=device)
-        # what each session has drawn so far; goes on over resets, so that no two episodes draw the same
+        # what each session has drawn so far; goes on when sessions are reset, so that no two episodes draw the same
         self.drawn = torch.arange(capacity, device=device) * _STREAM
 
     def state(self) -> list[Tensor]:
         """What a decision changes, but for the pages: small, so that it can be kept and put back."""
         cache = self.cache
         return [cache.t, cache.count, cache.o_frame, cache.z_frame, *self.previous, self.pixels, self.drawn]
+
+    def restart(self, seed: int) -> None:
+        """Be as a new loop of this ``seed``, without an open session, in the same tensors: graphs of it stay right."""
+        self.cache.restart()
+        self.forget(list(range(self.cache.capacity)))
+        self.pixels.zero_()
+        self.seed.copy_(torch.tensor([seed % 2**63, 0]))
+        torch.arange(self.cache.capacity, out=self.drawn).mul_(_STREAM)
 
     def forget(self, sessions: list[int]) -> None:
         """Start sessions anew, whose cache has been reset."""

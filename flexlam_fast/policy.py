@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flexlam_fast.deadline import LatencyTable, measure
 from flexlam_fast.errors import BackendError, BudgetError, CacheError, InputError
 from flexlam_fast.graphs import GraphedLoop
 from flexlam_fast.lam import LatentActionModel
-from flexlam_fast.loop import DecisionLoop, How, Outcome, stages_of
+from flexlam_fast.loop import DecisionLoop, How, stages_of
 from flexlam_fast.pretrained import Pretrained
 from flexlam_fast.sequence.cache import PagedCache
 from flexlam_fast.sequence.model import SequenceModel
@@ -80,6 +81,7 @@ class Policy(Pretrained):
             expected = f"{_name(dtype)}, the dtype of the weights, with backend {TRITON!r}"
             raise BackendError(f"pages: expected {expected}, got {_name(self.pages)}")
         self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
+        self.warmed: dict[int, tuple[How, ...]] = {}  # what those measured
         with torch.random.fork_rng(devices=[]), fp32_by_default():
             torch.manual_seed(int(seed))
             self.lam = LatentActionModel(cfg, backend)
@@ -93,6 +95,7 @@ class Policy(Pretrained):
         if attention != "auto":  # in the encoder's own modules
             self.stages = self.stages._replace(encoder=None)
         self.graphs = graphs and self.device.type == "cuda" and self.stages.capturable
+        self._make_pool(1, 0)
         self.reset()
 
     def describe(self) -> str:
@@ -123,6 +126,9 @@ class Policy(Pretrained):
     ) -> None:
         """Start new episodes.
 
+        With the capacity there is already, the pool and the graphs of it are used again. Another capacity makes a new
+        pool and, on a GPU, captures anew what :meth:`warmup` had measured.
+
         Args:
             batch_size: number of sessions that are open then, ``0..batch_size - 1``, when all start anew.
             seed: of everything drawn at random while acting: codes at a temperature above 0, and :meth:`imagine`.
@@ -140,9 +146,12 @@ class Policy(Pretrained):
         batch_size = check_budget("batch_size", batch_size, 1, MAX_SESSIONS)
         room = check_budget("capacity", batch_size if capacity is None else capacity, batch_size, MAX_SESSIONS)
         seed = int(check_number("seed", seed, *SEEDS, integer=True))
-        self.loop = DecisionLoop(self.cfg, room, self.device, self.dtype, self.pages, seed)
+        if room == self.cache.capacity:
+            self.loop.restart(seed)
+        else:
+            self._make_pool(room, seed)
+            self._prepare()
         self.cache.open(batch_size)
-        self.graphed = GraphedLoop(self.loop) if self.graphs else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     @isolated
@@ -194,18 +203,17 @@ class Policy(Pretrained):
         Raises:
             BudgetError: ``budget`` outside ``1..K``, or both or neither of ``budget`` and ``deadline_ms``.
             InputError: frames of another shape or dtype; a float frame with NaN is named as such; a session that is
-                not open; a deadline that no budget keeps, or without a warm-up.
+                not open; a deadline that no budget keeps, or without a warm-up (with graphs: for this temperature and
+                top_k, because a decision with a deadline never captures one).
         """
         acting = self.cache.opened if sessions is None else self._open_ones(sessions)
         if not acting:
             raise InputError("sessions: expected at least one that acts, got none")
-        how = How(self._budget(budget, deadline_ms, len(acting)), *self._drawing(temperature, top_k))
+        drawing = self._drawing(temperature, top_k)
+        how = How(self._budget(budget, deadline_ms, len(acting), drawing), *drawing)
         host = self._frames(frames, len(acting))
         self.stages.refresh()
-
-        def decide(staged: Tensor, numbers: Tensor) -> Outcome:
-            return self.loop.decide(self.stages, how, staged, numbers)
-
+        decide = partial(self.loop.decide, self.stages, how)
         if self.graphed is not None:
             actions, codes, t = self.graphed.decide(how, decide, host, acting)
         else:
@@ -215,17 +223,27 @@ class Policy(Pretrained):
 
     @isolated
     def warmup(
-        self, budgets: Sequence[int] | None = None, *, batch_size: int | None = None, warm: int = 20, rounds: int = 100
+        self,
+        budgets: Sequence[int] | None = None,
+        *,
+        batch_size: int | None = None,
+        warm: int = 20,
+        rounds: int = 100,
+        temperature: float | None = None,
+        top_k: int | None = None,
     ) -> LatencyTable:
         """Measure what a decision takes on this machine, with full windows, for ``deadline_ms`` to choose by.
 
-        Sessions are not disturbed: the decisions are made in others, on random frames.
+        Sessions are not disturbed: the decisions are made in others, on random frames. On a GPU with fused kernels the
+        graphs of what was measured are captured for the sessions that are open, so that no later decision waits for it.
 
         Args:
             budgets: which ``k``; None takes the powers of two up to K, and K.
             batch_size: how many sessions act at once; None takes as many as there are now.
             warm: decisions per budget before the measured ones.
             rounds: measured decisions per budget; the paper takes 100 (B.6).
+            temperature: of the codes, as in :meth:`act`.
+            top_k: likewise.
 
         Returns:
             The table, which the policy keeps for this batch size; print it.
@@ -243,17 +261,23 @@ class Policy(Pretrained):
         batch = check_budget(
             "batch_size", len(self.cache.opened) if batch_size is None else batch_size, 1, MAX_SESSIONS
         )
+        drawing = self._drawing(temperature, top_k)
         state = self.loop, self.graphed, self.generator
         try:
-            self.reset(batch)
+            self._make_pool(batch, 0)
+            self.cache.open(batch)
             size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
             frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
             for _ in range(self.cfg.sequence.window + 1):
-                self.act(frames, min(chosen))
-            table = measure(lambda k: self.act(frames, k), batch, chosen, warm, rounds)
+                self.act(frames, min(chosen), temperature=drawing[0], top_k=drawing[1])
+            table = measure(
+                lambda k: self.act(frames, k, temperature=drawing[0], top_k=drawing[1]), batch, chosen, warm, rounds
+            )
         finally:
             self.loop, self.graphed, self.generator = state
         self.latencies[batch] = table
+        self.warmed[batch] = tuple(How(k, *drawing) for k in chosen)
+        self._prepare()
         return table
 
     @isolated
@@ -267,7 +291,24 @@ class Policy(Pretrained):
         opened = torch.tensor(self.cache.opened, device=self.device)
         return self.lam.decode(self.loop.pixels[opened].float(), latents, steps, self.generator).cpu()
 
-    def _budget(self, budget: int | None, deadline_ms: float | None, batch: int) -> int:
+    def _make_pool(self, capacity: int, seed: int) -> None:
+        self.loop = DecisionLoop(self.cfg, capacity, self.device, self.dtype, self.pages, seed)
+        self.graphed = GraphedLoop(self.loop) if self.graphs else None
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Capture what was measured and is not there yet; the largest budgets first, whose memory the others share."""
+        if self.graphed is None:
+            return
+        self.stages.refresh()
+        for batch, hows in self.warmed.items():
+            size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
+            for how in sorted(hows, key=lambda how: -how.budget) if batch <= self.cache.capacity else ():
+                self.graphed.prepare(how, partial(self.loop.decide, self.stages, how), size)
+
+    def _budget(
+        self, budget: int | None, deadline_ms: float | None, batch: int, drawing: tuple[float, int | None]
+    ) -> int:
         slots = self.cfg.bottleneck.slots
         if (budget is None) == (deadline_ms is None):
             got = "neither" if budget is None else "both"
@@ -277,6 +318,12 @@ class Policy(Pretrained):
         table = self.latencies.get(batch)
         if table is None:
             raise InputError(f"deadline_ms: expected a warm-up first, policy.warmup(batch_size={batch}), got none")
+        if self.graphed is not None:
+            ready = tuple(row for row in table.rows if self.graphed.has(How(row.budget, *drawing), batch))
+            if not ready:
+                call = f"policy.warmup(batch_size={batch}, temperature={drawing[0]:g}, top_k={drawing[1]})"
+                raise InputError(f"deadline_ms: expected a warm-up that captured such decisions, {call}, got none")
+            table = table._replace(rows=ready)
         return table.largest_within(deadline_ms)
 
     def _drawing(self, temperature: float | None, top_k: int | None) -> tuple[float, int | None]:

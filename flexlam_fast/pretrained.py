@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexlam_fast.deadline import LatencyTable
     from flexlam_fast.graphs import GraphedLoop
     from flexlam_fast.lam import LatentActionModel
-    from flexlam_fast.loop import DecisionLoop, Stages
+    from flexlam_fast.loop import DecisionLoop, How, Stages
     from flexlam_fast.sequence.model import SequenceModel
     from flexlam_fast.translator import Translator
 
@@ -36,6 +36,7 @@ class Pretrained:
     graphed: GraphedLoop | None
     generator: torch.Generator
     latencies: dict[int, LatencyTable]
+    warmed: dict[int, tuple[How, ...]]
 
     if TYPE_CHECKING:
 
@@ -99,8 +100,8 @@ class Pretrained:
         """The same weights, held once, with sessions of its own, which go on from where these are."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__, stages=self.stages.twin())
-        own = self.loop, self.graphed, self.generator, self.latencies
-        twin.loop, twin.graphed, twin.generator, twin.latencies = copy.deepcopy(own)
+        own = self.loop, self.graphed, self.generator, self.latencies, self.warmed
+        twin.loop, twin.graphed, twin.generator, twin.latencies, twin.warmed = copy.deepcopy(own)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

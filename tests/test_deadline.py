@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,8 @@ def test_a_warm_up_acts_with_full_windows_and_then_restores(monkeypatch: pytest.
     policy, seen = Policy(small_config()), []
     act = policy.act
 
-    def watching(frames: Tensor, k: int) -> object:
-        decision = act(frames, k)
+    def watching(frames: Tensor, k: int, **drawing: Any) -> object:
+        decision = act(frames, k, **drawing)
         seen.append(int(decision.frames[0]))
         return decision
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from train_cases import KINDS, made
 from flexlam_fast.backend import REFERENCE, TRITON
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.train.loader import to_device
+from flexlam_fast.train.loop import repeatable
 from flexlam_fast.train.recipes import Recipe
 from flexlam_fast.train.step import GraphedStep, Step
 
@@ -86,12 +88,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
         def wait_stream(self, _: object) -> None: ...
 
     @contextlib.contextmanager
-    def graph(_: FakeGraph, pool: object) -> Iterator[None]:
+    def graph(_: FakeGraph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert not gc.isenabled()
         FakeGraph.captures += 1
         yield
 
     FakeGraph.captures = FakeGraph.replays = 0
-    fakes = dict(Stream=Stream, CUDAGraph=FakeGraph, graph=graph)
+    fakes = dict(Stream=Stream, CUDAGraph=FakeGraph, graph=graph, device=contextlib.nullcontext)
     fakes |= dict(graph_pool_handle=lambda: None, current_stream=lambda *_: Stream(), stream=contextlib.nullcontext)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -173,3 +177,17 @@ def test_a_graphed_step_on_a_gpu_is_the_step() -> None:
         step = kind(toy.loss, dict(toy.model.named_parameters()), RECIPE, device, False, **others)
         made.append([step(Batch(b.x.to(device), b.kind), 1e-2).item() for b in batches(30)])
     assert made[0] == pytest.approx(made[1], rel=1e-5)
+
+
+def test_training_on_a_gpu_asks_torch_for_sums_of_one_order_and_then_puts_that_back() -> None:
+    def asked() -> tuple[bool, bool, bool]:
+        fills = torch.utils.deterministic.fill_uninitialized_memory
+        modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        return *modes, fills
+
+    before = asked()
+    with repeatable(torch.device("cuda")):
+        assert asked() == (True, True, False)
+    assert asked() == before == (False, False, True)
+    with repeatable(CPU):
+        assert asked() == before

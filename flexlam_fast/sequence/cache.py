@@ -110,6 +110,13 @@ class PagedCache:
         """Forget what some open sessions saw (None: all); their next frame is frame 0 again."""
         self._forget(self.opened if sessions is None else self.check_open(sessions))
 
+    def restart(self) -> None:
+        """End all sessions and forget everything, pages too, in place: what was captured over this pool stays right."""
+        self._forget(list(range(self.capacity)))
+        self.free = list(range(self.capacity))[::-1]
+        self.k.zero_()
+        self.v.zero_()
+
     def check_open(self, sessions: Sequence[int]) -> list[int]:
         """Return ``sessions`` as a list of integers.
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexlam_fast.capture import CAPTURING
 from flexlam_fast.errors import InputError
 
 _PATIENCE = 10.0  # seconds that close() waits for a batch in the making, whose thread ends by itself afterwards
@@ -148,9 +149,10 @@ def _work(make: Callable[[int], Any], steps: Iterable[int], device: torch.device
 
 def _copied(batch: Any, device: torch.device, stream: torch.cuda.Stream) -> _Made:
     """Start the copies of a batch on ``stream``, the current one; torch keeps pinned memory until they are done."""
-    pinned = _like(batch, [part.pin_memory() if isinstance(part, Tensor) and part.is_cpu else part for part in batch])
-    moved, copied = to_device(pinned, device), torch.cuda.Event()
-    copied.record(stream)
+    with CAPTURING:
+        pinned = _like(batch, [p.pin_memory() if isinstance(p, Tensor) and p.is_cpu else p for p in batch])
+        moved, copied = to_device(pinned, device), torch.cuda.Event()
+        copied.record(stream)
     return _Made(moved, copied=copied)
 
 

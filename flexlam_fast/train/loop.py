@@ -9,7 +9,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -102,6 +103,28 @@ def wants_bf16(device: torch.device, precision: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, have torch take kernels whose sums have one order; on a CPU they have it anyway.
+
+    Attention's backward otherwise adds by atomics, and no two runs end with the same weights. Ops without such a kernel
+    warn, products too unless CUBLAS_WORKSPACE_CONFIG is set; on one stream theirs is fixed. Not yet run on a GPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills: Any = torch.utils.deterministic
+    filled = fills.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fills.fill_uninitialized_memory = False  # would be a kernel for every empty tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fills.fill_uninitialized_memory = filled
+
+
 class Trainer:
     """Trains one stage to the end of its recipe, resuming where ``directory/last`` stands.
 
@@ -161,7 +184,8 @@ class Trainer:
         """
         previous = signal.signal(signal.SIGTERM, self._stop)
         try:
-            self._run()
+            with repeatable(self.device):
+                self._run()
         except RuntimeError as error:
             if self.peers.size == 1 or not is_loss_of_peer(error):
                 raise
