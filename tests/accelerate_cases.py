@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast import ops
 from flexlam_fast.accelerate import accelerate
 from flexlam_fast.backend import choose
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.config import BottleneckConfig
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 L = [8, 5, 5, 5]
 BACKENDS = sorted({"reference", choose("auto", "cpu").name})

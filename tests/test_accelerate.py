@@ -10,10 +10,12 @@ import pytest
 import torch
 from accelerate_cases import BACKENDS, CASES, L, assert_same, pair, through_ops
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast import ops
 from flexlam_fast.accelerate import accelerate
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 NEWER = set(inspect.signature(FSQ.__init__).parameters)  # the oldest supported release has fewer options
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate_cases import L, Mine, Model, through_ops
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast import ops
 from flexlam_fast.accelerate import accelerate
@@ -18,6 +17,9 @@ from flexlam_fast.backend import choose
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.config import BottleneckConfig
 from flexlam_fast.errors import BackendError
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 
 @pytest.mark.parametrize("name", ["nonsense", "Reference", ""])

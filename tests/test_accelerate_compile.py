@@ -8,9 +8,11 @@ import pytest
 import torch
 from accelerate_cases import CASES, L, assert_same
 from torch import nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast.accelerate import accelerate
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -10,9 +10,11 @@ import pytest
 import torch
 from accelerate_cases import L, assert_same, through_ops
 from torch import nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast.accelerate import accelerate
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 
 def test_a_deep_copy_stays_accelerated_and_is_independent(monkeypatch: pytest.MonkeyPatch) -> None:

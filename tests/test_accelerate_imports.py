@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from accelerate_cases import L
 from torch import nn
-from vector_quantize_pytorch import FSQ
 
 import flexlam_fast as ff
 from flexlam_fast.accelerate import accelerate
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.config import BottleneckConfig
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 
 def test_the_other_package_is_looked_up_and_never_imported(monkeypatch: pytest.MonkeyPatch) -> None:

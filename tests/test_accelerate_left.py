@@ -14,11 +14,14 @@ import torch
 from accelerate_cases import L, Mine, assert_same
 from torch import nn
 from torch.nn.utils import parametrize
-from vector_quantize_pytorch import FSQ, ResidualFSQ
-from vector_quantize_pytorch import finite_scalar_quantization as home
 
 from flexlam_fast.accelerate import accelerate
 from flexlam_fast.errors import InputError
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
+ResidualFSQ = vector_quantize.ResidualFSQ
+home = vector_quantize.finite_scalar_quantization
 
 
 def replaced() -> FSQ:

@@ -13,9 +13,11 @@ import torch
 from accelerate_cases import L, assert_same, pair, through_ops
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast.accelerate import accelerate
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 INPUT = "no plain tensor in float32, bfloat16 or float16"
 Z = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))

@@ -16,11 +16,13 @@ from torch import nn
 from transformers import DynamicCache, Qwen3ForCausalLM, activations
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations import sdpa_attention
-from vector_quantize_pytorch import FSQ
-from vector_quantize_pytorch import finite_scalar_quantization as fsq_home
 
 from flexlam_fast import qwen_obstacles
 from flexlam_fast.accelerate import accelerate
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
+fsq_home = vector_quantize.finite_scalar_quantization
 
 Z = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
 GREEDY: dict[str, Any] = dict(max_new_tokens=4, do_sample=False)

@@ -15,11 +15,13 @@ from state_cases import LEFT, RUN, deterministic
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast.accelerate import accelerate
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.config import BottleneckConfig
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 STATES = {**RUN, **{name: state for name, (state, _) in LEFT.items()}}
 FSQS: dict[str, dict[str, Any]] = {

@@ -10,13 +10,15 @@ import pytest
 import torch
 from accelerate_cases import L, Mine, Model
 from torch import nn
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast.accelerate import Acceleration, accelerate
 from flexlam_fast.backend import choose
 from flexlam_fast.bottleneck import Bottleneck
 from flexlam_fast.config import BottleneckConfig
 from flexlam_fast.errors import BackendError
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 
 def test_a_nested_model_is_walked_and_the_record_says_what_happened() -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from fsq_rule import bits, constants, near_the_edges
 from torch import Tensor
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast import ops
 from flexlam_fast.testing import GRADIENT_FACTOR, assert_within_budget
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 LEVEL_SETS = [(8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 6, 5), (7, 7, 7), (16, 15, 9), (3, 4), (4,), (9, 3, 6, 5, 4)]
 

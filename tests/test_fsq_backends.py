@@ -12,13 +12,15 @@ from fsq_rule import bits, constants, near_the_edges, straight_through, suffix_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vector_quantize_pytorch import FSQ
 
 from flexlam_fast import ops
 from flexlam_fast.ops import reference
 from flexlam_fast.ops.native import _on_cpu
 from flexlam_fast.ops.thresholds import MAX_LEVELS, thresholds
 from flexlam_fast.testing import GRADIENT_FACTOR, assert_within_budget
+
+vector_quantize = pytest.importorskip("vector_quantize_pytorch")
+FSQ = vector_quantize.FSQ
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -142,38 +142,52 @@ def test_kernels_turn_by_the_references_angles_at_any_position(backend: str) -> 
     assert float((out - exact).abs().max()) < 3e-7, "two units in the last place of sqrt(2)"
 
 
-NEW, CASE = tokens(torch.float32), pages(torch.float32, [1, 0], [0, 0])
+def write(change: Callable[[Tokens], dict[str, Any]]) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        new = tokens(torch.float32)
+        return write_pages(*new._replace(**change(new)), **HOW)
+
+    return call
 
 
-def write(**given: Any) -> Callable[[], Tensor]:
-    return lambda: write_pages(*NEW._replace(**given), **HOW)
+def attend(change: Callable[[Pages], dict[str, Any]]) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        case = pages(torch.float32, [1, 0], [0, 0])
+        return attend_add(*case._replace(**change(case)))
 
-
-def attend(**given: Any) -> Callable[[], Tensor]:
-    return lambda: attend_add(*CASE._replace(**given))
+    return call
 
 
 WRONG = [
-    (write(qkv=NEW.qkv[0]), r"^qkv: expected \[B,N,\(H\+4\)\*16\] float32 \w+, got \[3,128\] float32 \w+$"),
-    (write(qkv=NEW.qkv[..., :-1]), r"^qkv: expected \(H\+4\)\*16 columns, H of 2s, got 127$"),
-    (write(qkv=NEW.qkv[..., :80]), r"^qkv: expected \(H\+4\)\*16 columns, H of 2s, got 80$"),
-    (write(qkv=NEW.qkv.half()), r"^qkv: expected .* float32 \w+, got \[2,3,128\] float16"),
-    (write(k_norm=NEW.k_norm[1:]), r"^k_norm: expected \[16\] float32 \w+, got \[15\]"),
-    (write(positions=NEW.positions.int()), r"^positions: expected \[2,3\] int64 \w+, got \[2,3\] int32"),
-    (write(rows=NEW.rows[:, :1]), r"^rows: expected \[2,3\] int64 \w+, got \[2,1\]"),
-    (write(v=NEW.v[1:]), r"^v_pages: expected \[8,5,2,16\] float32 \w+, got \[7,5,2,16\]"),
-    (write(k=NEW.k.transpose(0, 1)), r"^k_pages: expected contiguous pages, got \[5, 8, 2, 16\] of strides"),
-    (write(k=NEW.k[:0], v=NEW.v[:0]), r"^k_pages: expected at least one pages, got"),
-    (write(k=NEW.k[0]), r"^k_pages: expected \[pages,P,G,D\] .*, got \[5,2,16\]"),
-    (attend(q=CASE.q[..., :3]), r"^q: expected \[B,N,H,16\] float32 \w+, got \[2,1,4,3\]"),
-    (attend(q=CASE.q[:, :, :3]), r"^q: expected a multiple of 4 heads, got 3$"),
-    (attend(table=CASE.table.long()), r"^table: expected \[2,8\] int32 \w+, got \[2,8\] int64"),
-    (attend(table=CASE.table[0]), r"^table: expected \[2,T\] int32 \w+, got \[8\]"),
-    (attend(table=CASE.table[:, :0]), r"^table: expected 1\.\.536870911 entries, got 0$"),
-    (attend(context=CASE.context[:1]), r"^context: expected \[2\] int32 \w+, got \[1\]"),
-    (attend(start=None), r"^start: expected \[2\] int32 \w+, got NoneType None$"),
-    (attend(weight=CASE.weight[:, 1:]), r"^weight: expected \[W,64\] float32 \w+, got \[24,63\]"),
-    (attend(residual=CASE.residual[:, :, 1:]), r"^residual: expected \[2,1,24\] float32 \w+, got \[2,1,23\]"),
+    (
+        write(lambda c: dict(qkv=c.qkv[0])),
+        r"^qkv: expected \[B,N,\(H\+4\)\*16\] float32 \w+, got \[3,128\] float32",
+    ),
+    (write(lambda c: dict(qkv=c.qkv[..., :-1])), r"^qkv: expected \(H\+4\)\*16 columns, H of 2s, got 127$"),
+    (write(lambda c: dict(qkv=c.qkv[..., :80])), r"^qkv: expected \(H\+4\)\*16 columns, H of 2s, got 80$"),
+    (write(lambda c: dict(qkv=c.qkv.half())), r"^qkv: expected .* float32 \w+, got \[2,3,128\] float16"),
+    (write(lambda c: dict(k_norm=c.k_norm[1:])), r"^k_norm: expected \[16\] float32 \w+, got \[15\]"),
+    (write(lambda c: dict(positions=c.positions.int())), r"^positions: expected \[2,3\] int64 \w+, got \[2,3\] int32"),
+    (write(lambda c: dict(rows=c.rows[:, :1])), r"^rows: expected \[2,3\] int64 \w+, got \[2,1\]"),
+    (write(lambda c: dict(v=c.v[1:])), r"^v_pages: expected \[8,5,2,16\] float32 \w+, got \[7,5,2,16\]"),
+    (
+        write(lambda c: dict(k=c.k.transpose(0, 1))),
+        r"^k_pages: expected contiguous pages, got \[5, 8, 2, 16\]",
+    ),
+    (write(lambda c: dict(k=c.k[:0], v=c.v[:0])), r"^k_pages: expected at least one pages, got"),
+    (write(lambda c: dict(k=c.k[0])), r"^k_pages: expected \[pages,P,G,D\] .*, got \[5,2,16\]"),
+    (attend(lambda c: dict(q=c.q[..., :3])), r"^q: expected \[B,N,H,16\] float32 \w+, got \[2,1,4,3\]"),
+    (attend(lambda c: dict(q=c.q[:, :, :3])), r"^q: expected a multiple of 4 heads, got 3$"),
+    (attend(lambda c: dict(table=c.table.long())), r"^table: expected \[2,8\] int32 \w+, got \[2,8\] int64"),
+    (attend(lambda c: dict(table=c.table[0])), r"^table: expected \[2,T\] int32 \w+, got \[8\]"),
+    (attend(lambda c: dict(table=c.table[:, :0])), r"^table: expected 1\.\.536870911 entries, got 0$"),
+    (attend(lambda c: dict(context=c.context[:1])), r"^context: expected \[2\] int32 \w+, got \[1\]"),
+    (attend(lambda c: dict(start=None)), r"^start: expected \[2\] int32 \w+, got NoneType None$"),
+    (attend(lambda c: dict(weight=c.weight[:, 1:])), r"^weight: expected \[W,64\] float32 \w+, got \[24,63\]"),
+    (
+        attend(lambda c: dict(residual=c.residual[:, :, 1:])),
+        r"^residual: expected \[2,1,24\] .*, got \[2,1,23\]",
+    ),
 ]
 
 
