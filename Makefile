@@ -35,8 +35,8 @@ bench-report: $(VENV)/.dev  ## fill the README's tables and draw the plots from 
 
 readme: bench-report  ## the same
 
-gpu:  ## everything a GPU machine can say, with the Python that is there and no network
-	PYTHON="$(PYTHON)" bash bench/gpu.sh
+gpu:  ## what a GPU machine can say, in stages: STAGES=headline runs one, none lists them, DRY=1 rehearses without a GPU
+	$(PYTHON) bench/gpu.py $(if $(DRY),--dry-run) $(if $(OUT),--out $(OUT)) $(STAGES)
 
 clean:  ## remove what was built, not the environment
 	rm -rf build dist out *.egg-info flexlam_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

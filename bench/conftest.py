@@ -1,6 +1,7 @@
 """Options, the table at the end, and the results file of a bench run.
 
-``pytest bench/ --benchmark-only`` measures; with ``--write-results`` it also replaces ``bench/results/<device>.json``.
+``pytest bench/ --benchmark-only`` measures; with ``--write-results`` it also puts its rows into
+``bench/results/<device>.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RESULTS = pytest.StashKey[Results]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("flexlam_fast benches")
-    group.addoption("--write-results", action="store_true", help="replace the results file of this device")
+    group.addoption("--write-results", action="store_true", help="put the rows into this device's results file")
     group.addoption("--results-dir", default=str(ROOT / "bench" / "results"), help="where results files are")
     group.addoption(
         "--rounds", type=int, default=0, help="rounds per bench (the paper takes 100); 0: what fits half a minute"

@@ -66,8 +66,9 @@ class Machine:
         return 2 * x.nbytes / self._best(lambda: y.copy_(x))
 
     def _measure_matmul(self, dtype: torch.dtype) -> float:
+        # of numbers drawn at random: of ones a GPU makes 13% more, because it draws less power
         size = 8192 if self.device.type == "cuda" else 1024
-        x, y, out = (torch.ones(size, size, dtype=dtype, device=self.device) for _ in range(3))
+        x, y, out = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(3))
         return 2 * size**3 / self._best(lambda: torch.mm(x, y, out=out))
 
 

@@ -46,7 +46,7 @@ gaps() {
 kernels() {
     local ours
     ours="$(sed -n 's/^def \([a-z0-9_]*_kernel\)(.*/\1/p' kernels/*.py | sort -u | paste -sd '|' -)"
-    "$ncu" --profile-from-start off --graph-profiling node --kernel-name "regex:^($ours)\$" --set full \
+    "$ncu" --clock-control none --profile-from-start off --graph-profiling node --kernel-name "regex:^($ours)\$" --set full \
         --launch-count "${LAUNCHES:-150}" --force-overwrite --export "$out/kernels" \
         "$PYTHON" bench/profile_decide.py "${size[@]}" --budget 2 --decisions 1 --level 0
     echo "== $out/kernels.ncu-rep"

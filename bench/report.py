@@ -52,6 +52,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def earlier(rows: Sequence[dict[str, Any]]) -> str:
+    """Which rows are of an earlier run than the file's head, by commit."""
+    old: dict[str, list[str]] = {}
+    for row in rows:
+        if "run" in row:
+            old.setdefault(f"`{row['run']['commit'][:9]}`, {row['run']['date']}", []).append(row["id"])
+    return "".join(f"; {len(ids)} rows from commit {run}: {', '.join(ids)}" for run, ids in old.items())
+
+
 def bench_tables(reports: Sequence[dict[str, Any]], plots: str) -> str:
     """One table and one plot per device that the benches have run on; ``plots`` is the way to the folder of plots."""
     parts = []
@@ -62,6 +71,7 @@ def bench_tables(reports: Sequence[dict[str, Any]], plots: str) -> str:
         if len(report["rows"]) > MOST_ROWS:
             rows = f"<details><summary>All {len(report['rows'])} rows</summary>\n\n{rows}\n\n</details>"
         about = f"`{report['device']}`, commit `{report['commit'][:9]}`, {report['date']}, {versions}"
+        about += earlier(report["rows"])
         parts.append(f"{about}:\n\n{image}\n\n{rows}")
     return "\n\n".join(parts)
 

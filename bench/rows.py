@@ -18,6 +18,8 @@ from measure import OURS, Timing, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "triton", "transformers", "vector-quantize-pytorch")
+#: What the head of a file says of its last run, and a row of an earlier run of its own.
+RUN = ("commit", "date", "versions")
 
 
 class Work(NamedTuple):
@@ -48,10 +50,11 @@ def floor_ms(work: Work, bandwidth: float, rate: float) -> float:
 
 
 class Results:
-    """What a run measured, and on which machine; with ``early`` the file in that folder is written after every row."""
+    """What a run measured, and on which machine; with ``early`` that folder's file is brought up to date after each."""
 
     def __init__(self, machine: Machine, early: Path | None = None) -> None:
         self.machine, self.early = machine, early
+        self.began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.rows: list[Row] = []
 
     @property
@@ -81,17 +84,31 @@ class Results:
         return {
             "device": device_name(self.device),
             "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": self.began,
             "versions": versions(),
             "rows": [row._asdict() for row in self.rows],
         }
 
     def write(self, folder: Path) -> Path:
-        """Replace this device's file in ``folder``."""
+        """Put what was measured into this device's file in ``folder``: a row replaces the one of its id, others stay.
+
+        The head is that of this run; a row of an earlier one keeps its own commit, date and versions.
+        """
         found = self.report()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{found['device']}.json"
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+        head = {key: before[key] for key in RUN if key in before}
+        rows = {row["id"]: {**row, "run": row.get("run", head)} for row in before["rows"]}
+        ours = {key: found[key] for key in RUN}
+        rows |= {row["id"]: {**row, "run": ours} for row in found["rows"]}
+        for row in rows.values():
+            if row["run"] == ours:
+                del row["run"]
+        found["rows"] = list(rows.values())
+        beside = path.with_suffix(".json.part")
+        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
         return path
 
 

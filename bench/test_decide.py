@@ -16,6 +16,7 @@ from peers import REFERENCE, Compiler
 from rows import Results, Work
 from torch import Tensor
 
+from flexlam_fast.backend import NATIVE, probe
 from flexlam_fast.config import FlexLAMConfig
 from flexlam_fast.layers import normalise
 from flexlam_fast.policy import Policy
@@ -34,18 +35,22 @@ CASES = [pytest.param(b, k, DTYPE, id=f"decide/dmlab/b{b}/k{k}") for b in BATCHE
 if not ON_GPU:
     CASES += [pytest.param(1, k, torch.bfloat16, id=f"decide/dmlab/b1/k{k}/bf16") for k in (4, 16, 64)]
 OP_BY_OP, EAGER_BF16 = "flexlam_fast op by op", f"{EAGER}, bf16"
+#: A block of codes in one launch, which takes few sessions; its side is named after the backend.
+PERSISTENT, MAX_PERSISTENT = "flexlam_fast backend native", 8
 
 
 class Bench(NamedTuple):
     """Ours and others that have the same weights and full windows, and frames to act on.
 
-    ``op_by_op`` is ours without the call that generates a whole block, None where there is no such call; ``same`` is
-    the peer in the dtype of ours, None where that is the peer's own.
+    ``op_by_op`` is ours without the call that generates a whole block, None where there is no such call; ``persistent``
+    is ours by the native backend on a GPU, None where that is what ours is or does not run; ``same`` is the peer in the
+    dtype of ours, None where that is the peer's own.
     """
 
     policy: Policy
     reference: Policy
     op_by_op: Policy | None
+    persistent: Policy | None
     peer: QwenPeer
     same: QwenPeer | None
     frames: Tensor
@@ -95,14 +100,23 @@ def bench_of(model: Any, device: torch.device, batch: int, dtype: torch.dtype) -
         ours, reference = (loaded(model, device, dtype, backend) for backend in ("auto", "reference"))
         blocks = isinstance(ours.stages.runner, NativeBlock)
         single = op_by_op(loaded(model, device, dtype, "auto")) if blocks else None
-        for policy in (ours, reference, single):
+        persistent = native_on_gpu(model, device, dtype, ours) if batch <= MAX_PERSISTENT else None
+        for policy in (ours, reference, single, persistent):
             if policy is not None:
                 policy.reset(batch)
                 for _ in range(policy.cfg.sequence.window + 8):
                     policy.act(frames, 1)
         same = None if dtype == DTYPE else QwenPeer(cast(copy.deepcopy(model), device, dtype), batch)
-        _made[batch, dtype] = Bench(ours, reference, single, QwenPeer(model, batch), same, frames)
+        _made[batch, dtype] = Bench(ours, reference, single, persistent, QwenPeer(model, batch), same, frames)
     return _made[batch, dtype]
+
+
+def native_on_gpu(model: Any, device: torch.device, dtype: torch.dtype, ours: Policy) -> Policy | None:
+    """The policy whose blocks of codes are one launch, where that runs and is not what ``auto`` took already."""
+    runs = any(status.name == NATIVE and status.available for status in probe(device))
+    if device.type != "cuda" or ours.backend.name == NATIVE or not runs:
+        return None
+    return loaded(model, device, dtype, NATIVE)
 
 
 @torch.no_grad()
@@ -167,10 +181,12 @@ def test_decide(
     k: int,
     dtype: torch.dtype,
 ) -> None:
-    policy, reference, single, peer, same, frames = bench_of(qwen, results.device, batch, dtype)
+    policy, reference, single, persistent, peer, same, frames = bench_of(qwen, results.device, batch, dtype)
     peers: dict[str, Any] = {REFERENCE: lambda: reference.act(frames, k), EAGER: lambda: peer.decide(k)}
     if single is not None:
         peers[OP_BY_OP] = lambda: single.act(frames, k)
+    if persistent is not None:
+        peers[PERSISTENT] = lambda: persistent.act(frames, k)
     if same is not None:
         peers[EAGER_BF16] = lambda: same.decide(k)
     without = "no compiled peer: it is for CUDA graphs, which a CPU has not"

@@ -46,7 +46,7 @@ def test_the_shell_script_calls_the_tools(tmp_path: Path) -> None:
         ["nsys", "stats"],
         ["nsys", "profile"],
         ["nsys", "stats"],
-        ["ncu", "--profile-from-start"],
+        ["ncu", "--clock-control"],
         ["python", "bench/profile_decide.py"],
     ]
     for line, graphs in ((called[0], "--no-graphs --level 2"), (called[2], "--graphs")):
