@@ -52,11 +52,15 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
-// Takes the next ticket of a counter. With the fence before it and one after a look that finds it, what this block
-// wrote before is seen by whoever looked.
-__device__ __forceinline__ unsigned long long arrive(unsigned long long* counter) {
-    __threadfence();
-    return atomicAdd(counter, 1ull);
+// Adds one to a counter, and waits for nothing: no result, no fence of the whole device. What this block wrote before,
+// and met for in __syncthreads, is seen by whoever finds it with look_for.
+__device__ __forceinline__ void arrive(unsigned long long* counter) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ unsigned long long look_for(const unsigned long long* counter) {
+    unsigned long long now;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(counter) : "memory");
+    return now;
 }
 __device__ __forceinline__ unsigned long long look_at(const unsigned long long* counter) {
     unsigned long long now;

@@ -1,8 +1,9 @@
 // The phases of a block of codes on a GPU, and the order in which a launch goes through them. Every block of the launch
 // goes through every phase; what one leaves for another lies on different sides of a barrier of the whole grid. A phase
 // has three parts: read what the last one left, compute in fp32 and round where the model's modules round, leave the
-// result. What does not depend on the last phase, weights and the pages' keys and values, is asked for before the
-// barrier. The work is small and the chain of phases long: loads that can be under way together stand side by side.
+// result. What does not depend on the last phase, weights and the pages' keys and values, is prefetched between the two
+// halves of the barrier, while others arrive. The work is small and the chain of phases long: loads that can be under way
+// together stand side by side.
 //
 // Includes nothing of CUDA: the includer has brought csrc/engine_device.cuh, or the emulation of tests/native.
 #pragma once
@@ -57,6 +58,8 @@ public:
 #pragma unroll 1
             for (int j = thread; j < b.budget; j += engine_threads) b.chosen[(a.first + s) * b.budget + j] = 0;
         if (__syncthreads_or(thread == 0 && look_at(&a.state->lost))) return;
+        // rounds of earlier launches are whole; of this launch's first one this block's part is still to come
+        if (thread == 0) target = look_at(&a.state->arrived) / blocks * blocks;
         if (b.budget > 1) fetch(block, 0, 0, 0);
         Held<1> held = hold<1>(a.layers[0].qkv, qkv_width(), a.hidden, by_warp());
         for (int slot = 0;; ++slot) {
@@ -67,6 +70,7 @@ public:
             stage_norm(a.norm, [&](int s, int i) { return __ldcg(x + s * a.hidden + i); });
             products<1>(held, a.head, a.codes, a.hidden, by_warp(), blocks * warps, 0, sessions, Nothing{},
                         [&](int s, int n, float sum, float, float) { logits[s * a.codes + n] = sum; });
+            leave();
             if (slot + 2 < b.budget) fetch(block, 0, slot + 1, 0);
             held = hold<1>(a.layers[0].qkv, qkv_width(), a.hidden, by_warp());
             if (!meet()) return;
@@ -102,22 +106,25 @@ private:
         return static_cast<P*>(pages) + static_cast<std::int64_t>(layer) * b.pages * b.page * a.kv_heads * a.dim;
     }
 
-    // Waits for every block; false once a barrier was given up. Tickets tell the rounds of this counter apart, whatever
-    // launches came before, so that it needs no setting back and a captured launch can be replayed.
-    __device__ bool meet() {
+    // The first half of a barrier: this block's results are there. Nothing waits; what is asked for between the halves is
+    // under way while others arrive. The counter only grows, whatever launches came before, so that it needs no setting
+    // back and a captured launch can be replayed.
+    __device__ void leave() {
         __syncthreads();
+        if (thread == 0) arrive(&a.state->arrived), target += blocks;
+    }
+
+    // The second half: waits for every block's results; false once a barrier was given up.
+    __device__ bool meet() {
         bool lost = false;
         if (thread == 0) {
-            const unsigned long long ticket = arrive(&a.state->arrived);
-            target = target ? target + blocks : (ticket / blocks + 1) * blocks;
-            for (std::int64_t looks = 1; look_at(&a.state->arrived) < target; ++looks) {
+            for (std::int64_t looks = 1; look_for(&a.state->arrived) < target; ++looks) {
                 if (looks % 1024 == 0 && look_at(&a.state->lost)) lost = true;
                 if (looks >= a.patience) lost = true;
                 if (!lost) continue;
                 tell(&a.state->lost, a.told);
                 break;
             }
-            __threadfence();
         }
         return !__syncthreads_or(lost);
     }
@@ -165,6 +172,13 @@ private:
 
     // Every block chooses every session's code, which is cheaper than telling it; one of them writes it down.
     __device__ void enter(int slot) {
+        if constexpr (S == 1)
+            enter_alone(slot);
+        else
+            enter_each(slot);
+    }
+
+    __device__ void enter_each(int slot) {
 #pragma unroll 1
         for (int s = warp; s < sessions; s += warps) {
             const std::int64_t session = a.first + s, at = session * b.budget + slot;
@@ -180,6 +194,57 @@ private:
 #pragma unroll 1
             for (int i = lane; i < a.hidden; i += 32) x[s * a.hidden + i] = embedded(next, slot, i);
             turn(s, b.positions[slot * b.batch + session]);
+        }
+        __syncthreads();
+    }
+
+    // The best of all threads' own, in the order of better(), which is that of no thread; `bests` [warps] is free.
+    __device__ Best block_best(Best mine, Best* bests) const {
+        mine = warp_best(mine);
+        if (lane == 0) bests[warp] = mine;
+        __syncthreads();
+        return warp_best(lane < warps ? bests[lane] : Best{-INFINITY, INT_MAX});
+    }
+
+    // choose() by all warps for the one session there is.
+    __device__ int choose_alone(const float* from, const float* noise, float* kept) const {
+        constexpr int together = 4;
+        auto* bests = reinterpret_cast<Best*>(sums);
+        Best best{-INFINITY, INT_MAX};
+        for (int i = thread; i < a.codes; i += engine_threads * together) {
+            float v[together];
+#pragma unroll
+            for (int j = 0; j < together; ++j)
+                v[j] = i + engine_threads * j < a.codes ? __ldcg(from + i + engine_threads * j) : 0.0f;
+#pragma unroll
+            for (int j = 0; j < together; ++j)
+                if (const int n = i + engine_threads * j; n < a.codes) best = better(best, {kept[n] = v[j], n});
+        }
+        best = block_best(best, bests);
+        const float top = best.value;
+        if (!noise || top != top) return best.at;
+        const unsigned floor = 0 < b.top_k && b.top_k < a.codes ? kth_largest(kept, static_cast<int>(b.top_k)) : 0;
+        best = {-INFINITY, INT_MAX};
+        for (int i = thread; i < a.codes; i += engine_threads) {
+            const float scaled = kept[i] == top ? 0.0f : __fmul_rn(__fadd_rn(kept[i], -top), b.inverse);
+            const bool out = ordered(kept[i]) < floor;
+            best = better(best, {out ? -INFINITY : __fadd_rn(scaled, noise[i]), i});
+        }
+        return block_best(best, bests + warps).at;
+    }
+
+    __device__ void enter_alone(int slot) {
+        const std::int64_t at = a.first * b.budget + slot;
+        // the position is known: another warp's fp64 while the code is chosen
+        if (block == 0 && warp == warps - 1) turn(0, b.positions[slot * b.batch + a.first]);
+        const float* from = slot ? logits : b.first + static_cast<std::int64_t>(a.first) * a.codes;
+        const int code = choose_alone(from, b.noise ? b.noise + at * a.codes : nullptr, staged);
+        const int next = b.given ? b.given[at] : code;
+        if (thread == 0) fed[0] = next;
+        if (block == 0) {
+            if (thread == 0) b.chosen[at] = code;
+            for (int i = thread; i < a.codes && b.logits; i += engine_threads) b.logits[at * a.codes + i] = staged[i];
+            for (int i = thread; i < a.hidden; i += engine_threads) x[i] = embedded(next, slot, i);
         }
         __syncthreads();
     }
@@ -210,10 +275,35 @@ private:
     // The root mean square norm of each session's hidden row, staged: get(session, i) gives its elements.
     template <class Get>
     __device__ void stage_norm(const void* weight, const Get& get) {
+        if constexpr (S == 1)
+            norm_alone(static_cast<const F*>(weight), get);
+        else
+            norm_each(static_cast<const F*>(weight), get);
+    }
+
+    // Every warp sums the squares for itself, in one order: none waits for another.
+    template <class Get>
+    __device__ void norm_alone(const F* weight, const Get& get) {
+        float squares = 0.0f;
+#pragma unroll 8
+        for (int i = lane; i < a.hidden; i += 32) {
+            const float v = rounded<F>(get(0, i));
+            squares += v * v;
+        }
+        const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(a.hidden) + a.eps);
+#pragma unroll 1
+        for (int i = thread; i < a.hidden; i += engine_threads)
+            staged[place_of(i)] = rounded<F>(to_float(weight[i]) * rounded<F>(rounded<F>(get(0, i)) * scale));
+        __syncthreads();
+    }
+
+    // A warp a session.
+    template <class Get>
+    __device__ void norm_each(const F* weight, const Get& get) {
 #pragma unroll 1
         for (int i = thread; i < a.hidden; i += engine_threads) {
             float v[S];
-            const float gain = to_float(static_cast<const F*>(weight)[i]);
+            const float gain = to_float(weight[i]);
 #pragma unroll
             for (int s = 0; s < S; ++s) v[s] = s < sessions ? get(s, i) : 0.0f;
             gains[i] = gain;
@@ -562,27 +652,33 @@ private:
         __syncthreads();
     }
 
-    // Joins the splits of a session into a staged row, heads side by side.
+    // Joins the splits of a session into a staged row, heads side by side. The first parts are under way while the splits
+    // are weighed; `together` of them are all that a window of dmlab has.
     __device__ void join(int s) {
-        constexpr int together = 16;
+        constexpr int together = 24;
         const int splits = a.plan.splits, width = a.heads * a.dim;
         const float* part = parts + s * splits * width;
         // where the tiles lie between two attentions
         float *factors = reinterpret_cast<float*>(tiles), *totals = factors + a.heads * splits;
+        float v[together];
+#pragma unroll
+        for (int j = 0; j < together; ++j) v[j] = j < splits && thread < width ? __ldcg(part + j * width + thread) : 0.0f;
         weigh_splits(s, factors, totals);
 #pragma unroll 1
         for (int i = thread; i < width; i += engine_threads) {
             const float* factor = factors + i / a.dim * splits;
             float sum = 0.0f;
-#pragma unroll 1
-            for (int first = 0; first < splits; first += together) {
-                float v[together];
-#pragma unroll
-                for (int j = 0; j < together; ++j)
-                    v[j] = first + j < splits ? __ldcg(part + (first + j) * width + i) : 0.0f;
+            int done = 0;
+            if (i == thread) {
+                done = min(together, splits);
 #pragma unroll
                 for (int j = 0; j < together; ++j)  // what a split that saw nothing has left is of no meaning
-                    if (first + j < splits && factor[first + j] != 0.0f) sum += factor[first + j] * v[j];
+                    if (j < splits && factor[j] != 0.0f) sum += factor[j] * v[j];
+            }
+#pragma unroll 4
+            for (int j = done; j < splits; ++j) {
+                const float more = __ldcg(part + j * width + i);
+                if (factor[j] != 0.0f) sum += factor[j] * more;
             }
             const float total = totals[i / a.dim];
             staged[place_of(i)] = rounded<F>(total != 0.0f ? sum / total : sum);
@@ -625,13 +721,16 @@ private:
             stage_norm(w.norm1, residual());
         products<1>(held, w.qkv, qkv_width(), a.hidden, by_warp(), blocks * warps, 0, sessions, Nothing{},
                     [&](int s, int n, float sum, float, float) { qkv[s * qkv_width() + n] = sum; });
+        leave();
         ahead(w.out, a.hidden, a.heads * a.dim);
         if (!meet()) return false;
         attend(w, layer, slot);
+        leave();
         held = hold<1>(w.out, a.hidden, a.heads * a.dim, projected());
         ahead(w.gate_up, 2 * a.inner, a.hidden);
         if (!meet()) return false;
         project(held, w.out);
+        leave();
         const Held<2> both = hold<2>(w.gate_up, a.inner, a.hidden, by_warp());
         ahead(w.down, a.hidden, a.inner);
         if (!meet()) return false;
@@ -640,11 +739,13 @@ private:
                     [&](int s, int n, float gate, float up, float) {
                         wide[s * a.inner + n] = gate / (1.0f + expf(-gate)) * up;
                     });
+        leave();
         held = hold<1>(w.down, a.hidden, a.inner, by_warp());
         ahead(then, last ? a.codes : qkv_width(), a.hidden);
         if (!meet()) return false;
         stage_plain(wide, a.inner);
         products<1>(held, w.down, a.hidden, a.inner, by_warp(), blocks * warps, 0, sessions, residual(), added());
+        leave();
         if (!last) fetch(block, layer + 1, slot, 0);
         held = hold<1>(then, last ? a.codes : qkv_width(), a.hidden, by_warp());
         return meet();

@@ -65,9 +65,11 @@ def _native(kind: str) -> BackendStatus:
         return BackendStatus(NATIVE, False, "the extension was built without CUDA, because nvcc was not there")
     if not torch.cuda.is_available():
         return BackendStatus(NATIVE, False, "torch sees no CUDA device")
-    if torch.cuda.get_device_capability() < (9, 0):
-        return BackendStatus(NATIVE, False, f"it has code for sm_90 and later, this is {torch.cuda.get_device_name()}")
-    return BackendStatus(NATIVE, True, f"CUDA for sm_90 and later {_BOTTLENECK}")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return BackendStatus(NATIVE, False, f"it has code for sm_80 and later, this is {torch.cuda.get_device_name()}")
+    how = "machine code for sm_90a" if (major, minor) == (9, 0) else f"PTX, compiled here for sm_{major}{minor}"
+    return BackendStatus(NATIVE, True, f"CUDA, {how}, {_BOTTLENECK}")
 
 
 def _triton(kind: str) -> BackendStatus:

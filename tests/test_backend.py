@@ -90,3 +90,24 @@ def small_policy_codes() -> list[torch.Tensor]:
             policy.reset(1)
             out.append(torch.cat([policy.act(f, cfg.bottleneck.slots).codes for f in frame]))
     return out
+
+
+@pytest.mark.parametrize(
+    ("capability", "available", "says"),
+    [
+        ((7, 5), False, "it has code for sm_80 and later, this is a card"),
+        ((8, 6), True, "PTX, compiled here for sm_86"),
+        ((9, 0), True, "machine code for sm_90a"),
+        ((12, 0), True, "PTX, compiled here for sm_120"),
+    ],
+)
+def test_cuda_code_is_for_ampere_and_later_and_says_in_which_form(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], available: bool, says: str
+) -> None:
+    extension = pytest.importorskip("flexlam_fast._C", exc_type=ImportError)
+    monkeypatch.setattr(extension, "build_info", lambda: {"cuda": "13.0", "variants": ["avx2"]})
+    fakes = dict(is_available=lambda: True, get_device_capability=lambda: capability, get_device_name=lambda: "a card")
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    status = next(s for s in probe("cuda") if s.name == "native")
+    assert (status.available, says in status.reason) == (available, True), status.reason

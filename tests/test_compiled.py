@@ -62,11 +62,33 @@ def ask(*args: str) -> str:
     return subprocess.run([TOOL, *args], capture_output=True, text=True, check=True).stdout
 
 
-def test_the_extension_holds_a_cubin_for_sm_90a_and_ptx_for_what_comes_later() -> None:
+def test_the_extension_holds_a_cubin_for_sm_90a_and_ptx_for_what_came_before_and_comes_later() -> None:
     """That it was imported shows that it needs no driver: this test runs where there is none."""
     path = str(cuda_extension())
     assert re.search(r"arch = sm_90a\b", ask("-res-usage", path))
-    assert "sm_90" in ask("-lptx", path)
+    listed = ask("-lptx", path)
+    assert "sm_80" in listed  # a 3090, a 4090, an Orin
+    assert "sm_90" in listed  # a Blackwell
+
+
+def operations(text: str) -> list[str]:
+    """The instructions of a function's SASS, without operands."""
+    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", text, re.M)
+
+
+def test_a_barrier_of_the_persistent_kernel_returns_nothing_and_fences_no_more_than_it_must() -> None:
+    """Six places leave their results; an arrival is a reduction behind a fence that is not the sequential one."""
+    path = str(cuda_extension())
+    for text in re.split(r"\n\s*Function : ", ask("-sass", path))[1:]:
+        name = text.split("\n", 1)[0]
+        if "block_kernel" not in name:
+            continue
+        found = operations(text)
+        assert found.count("REDG.E.ADD.64.STRONG.GPU") == 6, name
+        assert not [op for op in found if op.startswith("ATOMG.E.ADD")], name
+        assert "MEMBAR.SC.GPU" not in found, name
+        if "Li1EEE" in name:  # one session: 16 bytes each, of which caches near a multiprocessor hold 128 KB
+            assert len(found) <= 12_000, (name, len(found))
 
 
 def test_the_cuda_kernels_do_not_spill_and_move_words_of_sixteen_bytes() -> None:

@@ -276,8 +276,10 @@ void wait_copies() {
     }
 }
 
-inline unsigned long long arrive(unsigned long long* counter) {
-    return __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE);
+inline void arrive(unsigned long long* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
+inline unsigned long long look_for(const unsigned long long* counter) {
+    std::this_thread::yield();
+    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
 template <class T>
 T look_at(const T* p) {
