@@ -127,7 +127,10 @@ class LatentActionModel(nn.Module):
         self.to(device).eval().requires_grad_(False)
         for part in (self.encoder, self.decoder):
             part.to(dtype)
-        set_backend(self.decoder, REFERENCE if backend == REFERENCE else AUTO, device)
+        kernels = REFERENCE if backend == REFERENCE else AUTO
+        set_backend(self.decoder, kernels, device)
+        if device.type == "cuda":  # norms and activations in one launch each; a CPU has the whole encoder in one call
+            set_backend(self.encoder, kernels, device)
         layers = [part for part in self.encoder.modules() if isinstance(part, Attention)]
         chosen = choose_attention(device, dtype, layers[0].head_dim, attention)
         for layer in layers:

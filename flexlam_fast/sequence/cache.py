@@ -34,6 +34,7 @@ class Placement(NamedTuple):
     ``[B, N]`` for RoPE. table int32 ``[B, pages of a session]`` names pages of the pool: the first ``context`` int32
     ``[B]`` are seen in full; the new tokens' own pages follow in order, and token ``n`` is number ``start + n`` in them
     (``start`` int32 ``[B]``), seeing those up to itself. A negative number is padding: it sees the context at most.
+    ``starts`` int32 ``[N, B]``, where there, has each token's own number, so that a column is a view and no launch.
     """
 
     sessions: Tensor
@@ -42,12 +43,13 @@ class Placement(NamedTuple):
     table: Tensor
     context: Tensor
     start: Tensor
+    starts: Tensor | None = None
 
     def column(self, j: int) -> Placement:
         """Token ``j`` alone."""
-        return self._replace(
-            slots=self.slots[:, j : j + 1], positions=self.positions[:, j : j + 1], start=self.start + j
-        )
+        start = self.start + j if self.starts is None else self.starts[j]
+        slots, positions = self.slots[:, j : j + 1], self.positions[:, j : j + 1]
+        return self._replace(slots=slots, positions=positions, start=start, starts=None)
 
 
 class PagedCache:
@@ -170,11 +172,13 @@ class PagedCache:
         slots = (self.scratch_base + self._tokens[: self.slots]).expand(len(positions), -1)
         started = append.start == 0
         entered = torch.where(started, self.slots + self.patches, self.patches) // self.page
+        starts = self._tokens[: self.slots].to(torch.int32).unsqueeze(1).repeat(1, len(positions))
         return append._replace(
             slots=slots,
             positions=positions,
             context=append.context + entered.to(torch.int32),
-            start=torch.zeros_like(append.start),
+            start=starts[0],
+            starts=starts,
         )
 
     def rows(self, place: Placement) -> Tensor:

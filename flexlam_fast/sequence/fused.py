@@ -1,9 +1,10 @@
-"""The way through the sequence model by fused kernels over pages, five launches a layer and one a code."""
+"""The way through the sequence model by fused kernels over pages, six launches a layer and two a code."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flexlam_fast.backend import TRITON
@@ -62,7 +63,7 @@ class Fused:
             y, block.q_norm.weight, block.k_norm.weight, place.positions, rows, k, v,
             theta=seq.rope_theta, eps=seq.rms_eps, backend=how,
         )  # fmt: skip
-        if index == len(self.layers) - 1:  # of the last layer only the last token is asked for
+        if index == len(self.layers) - 1 and x.shape[1] > 1:  # of the last layer only the last token is asked for
             start = start + (x.shape[1] - 1)
             x, q = x[:, -1:], q[:, -1:]
         x = attend_add(q, k, v, place.table, place.context, start, block.out.weight, x, backend=how)
@@ -70,8 +71,11 @@ class Fused:
         return linear_add(y, block.down.weight, x, backend=how)
 
     def ready(self, sampling: Sampling | None, k: int) -> Sampling | None:
-        """Nothing is needed before the first code: the kernel draws."""
-        return sampling
+        """Every slot's streams, in one launch before the first code; the kernel draws."""
+        if sampling is None:
+            return None
+        slots = torch.arange(k, device=sampling.streams.device)
+        return sampling._replace(by_slot=sampling.streams + slots.unsqueeze(1))
 
     def choose(self, logits: Tensor, slot: int, sampling: Sampling | None) -> Tensor:
         """Codes int32 ``[B]`` of ``slot`` from ``logits [B, C]``."""
@@ -89,4 +93,5 @@ class Fused:
 def _drawing(sampling: Sampling | None, slot: int) -> tuple[float, int | None, Tensor | None, Tensor | None]:
     if sampling is None:
         return 0.0, None, None, None
-    return sampling.temperature, sampling.top_k, sampling.seed, sampling.streams + slot
+    streams = sampling.streams + slot if sampling.by_slot is None else sampling.by_slot[slot]
+    return sampling.temperature, sampling.top_k, sampling.seed, streams

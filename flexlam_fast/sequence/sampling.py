@@ -17,7 +17,8 @@ class Sampling(NamedTuple):
 
     ``seed`` int64 ``[2]`` is the key on the device. ``streams`` int64 ``[B]`` counts, session by session, what has
     been drawn before, so that a session's codes depend on no other session. ``noise`` fp32 ``[B, k, C]`` is what plain
-    operations add to the logits of each slot, made for a whole decision at once (60 operations, whatever their size).
+    operations add to the logits of each slot, made for a whole decision at once (60 operations, whatever their size);
+    ``by_slot`` int64 ``[k, B]`` is the streams of each slot, for kernels that draw.
     """
 
     temperature: float
@@ -25,6 +26,7 @@ class Sampling(NamedTuple):
     seed: Tensor
     streams: Tensor
     noise: Tensor | None = None
+    by_slot: Tensor | None = None
 
     def prepared(self, k: int, codes: int) -> Sampling:
         """With the noise for ``k`` slots of ``codes`` codes."""
