@@ -111,6 +111,10 @@ class DecoderConfig:
     noise has more dimensions than a narrow model can carry. The loss is on the velocity either way. Flow times are
     logit-normal with mean ``tau_mean`` and deviation 1 in training; a negative mean asks more often about the noisy
     end of the path, where only the latents know the next frame.
+
+    ``rope`` turns queries and keys by the place of their patch, which makes "look so far to the left" one pattern for
+    all patches. ``latents_in_adaln`` adds the flattened latents to the flow time that shifts, scales and gates every
+    layer, so that what was done can choose the pattern. Both are ours and off in the paper's sizes.
     """
 
     depth: int = _size(12, high=MAX_DEPTH)
@@ -121,11 +125,18 @@ class DecoderConfig:
     steps: int = _size(28)
     predict: str = "velocity"
     tau_mean: float = real(0.0, -100, 100)
+    rope: bool = False
+    latents_in_adaln: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         kinds = ("velocity", "frame")
         _require(self.predict in kinds, f"decoder: expected predict in {kinds}, got {shown(self.predict)}")
+        for name in ("rope", "latents_in_adaln"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"decoder.{name}: expected true or false, got {shown(value)}")
+        fits = not self.rope or self.head_dim % 4 == 0
+        _require(fits, f"decoder: expected a head_dim of whole 4s with rope, got {self.head_dim}")
 
     @property
     def width(self) -> int:

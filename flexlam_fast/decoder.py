@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexlam_fast.backend import REFERENCE
@@ -11,6 +12,7 @@ from flexlam_fast.layers import (
     MLP,
     Attention,
     Linear,
+    grid_angles,
     init_linear,
     patchify,
     product_dtype,
@@ -22,18 +24,18 @@ from flexlam_fast.ops.modulate import adaln, gate_add
 
 
 class DecoderBlock(nn.Module):
-    """Transformer block under adaLN-zero: shift, scale and gate of both halves come from the flow time."""
+    """Transformer block under adaLN-zero: shift, scale and gate of both halves come from the condition."""
 
     backend = REFERENCE
 
-    def __init__(self, width: int, heads: int, head_dim: int, ffn: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, ffn: int, angles: Tensor | None = None) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, head_dim)
+        self.attention = Attention(width, heads, head_dim, angles)
         self.mlp = MLP(width, ffn)
         self.condition = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Tokens ``[B, N, W]`` and embedded time ``[B, W]`` to tokens."""
+        """Tokens ``[B, N, W]`` and the condition ``[B, W]``, the embedded flow time, to tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(time).chunk(6, dim=-1)
         dtype, backend = product_dtype(x), self.backend
         y = self.attention(adaln(x, shift1, scale1, dtype=dtype, backend=backend))
@@ -59,14 +61,19 @@ class Decoder(nn.Module):
         self.position = nn.Parameter(sincos_grid(cfg.frame // dec.patch, dec.width).to(torch.get_default_dtype()))
         self.latent = nn.Linear(cfg.bottleneck.dim, dec.width)
         self.slot = nn.Parameter(torch.randn(cfg.bottleneck.slots, dec.width) * 0.5)
-        steps = (nn.Linear(dec.width, dec.width), nn.SiLU(), nn.Linear(dec.width, dec.width), nn.SiLU())
-        self.time = nn.Sequential(*steps)
-        self.blocks = nn.ModuleList(DecoderBlock(dec.width, dec.heads, dec.head_dim, dec.ffn) for _ in range(dec.depth))
+        self.time = nn.Sequential(nn.Linear(dec.width, dec.width), nn.SiLU(), nn.Linear(dec.width, dec.width))
+        slots, numbers = cfg.bottleneck.slots, cfg.bottleneck.slots * cfg.bottleneck.dim
+        self.heard = nn.Linear(numbers, dec.width, bias=False) if dec.latents_in_adaln else None
+        angles = grid_angles(cfg.frame // dec.patch, slots, dec.head_dim) if dec.rope else None
+        sizes = dec.width, dec.heads, dec.head_dim, dec.ffn
+        self.blocks = nn.ModuleList(DecoderBlock(*sizes, angles) for _ in range(dec.depth))
         self.condition = nn.Linear(dec.width, 2 * dec.width)
         self.head = Linear(dec.width, cfg.channels * dec.patch**2)
         self.apply(init_linear)
         # Xavier would let d = 4 inputs whisper beside the slot embeddings; codes would collapse before they are heard
         nn.init.normal_(self.latent.weight, std=cfg.bottleneck.dim**-0.5)
+        if self.heard is not None:
+            nn.init.normal_(self.heard.weight, std=0.5 * cfg.bottleneck.dim**-0.5)
         for layer in [self.condition, self.head, *(block.get_submodule("condition") for block in self.blocks)]:
             nn.init.zeros_(layer.get_parameter("weight"))  # adaLN-zero: every block starts as the identity
 
@@ -82,6 +89,9 @@ class Decoder(nn.Module):
         tokens = self.embed(patches) + self.position
         tokens = torch.cat([tokens, self.latent(latents.to(dtype)) + self.slot], dim=1)
         time = self.time(time_features(tau, self.slot.shape[1]).to(dtype))
+        if self.heard is not None:
+            time = time + self.heard(latents.to(dtype).flatten(1))
+        time = F.silu(time)
         for block in self.blocks:
             tokens = block(tokens, time)
         shift, scale = self.condition(time).chunk(2, dim=-1)

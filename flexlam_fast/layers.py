@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from flexlam_fast.ops import linear_train
 from flexlam_fast.ops.activation import gelu
 from flexlam_fast.ops.attention import attention
 from flexlam_fast.ops.patches import patches_of, pixels_of
-from flexlam_fast.ops.self_attention import self_attention_packed
+from flexlam_fast.ops.self_attention import self_attention, self_attention_packed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,6 +72,27 @@ def sincos_grid(side: int, width: int) -> Tensor:
     return F.pad(grid, (0, width - grid.shape[1])).float()
 
 
+def grid_angles(side: int, others: int, dim: int) -> Tensor:
+    """Angles fp32 ``[side * side + others, dim / 2]`` of rotary position embeddings (RoPE) on a square grid.
+
+    Half of the pairs of a head turn with the row, half with the column; the slowest turns a quarter over the grid, the
+    fastest a quarter from one patch to the next. Tokens that are no patch, ``others`` at the end, are not turned.
+    """
+    pairs = dim // 4
+    span = torch.arange(pairs, dtype=torch.float64) / max(1, pairs - 1)
+    frequency = math.pi / 2 * (1 / (2 * side)) ** span
+    line = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    grid = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
+    return F.pad(grid, (0, dim // 2 - grid.shape[1], 0, others)).float()
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the pairs (channel ``i``, channel ``i + D/2``) of ``x [B, N, H, D]`` by ``angles [N, D/2]``, in fp32."""
+    cos, sin = (t.unsqueeze(1) for t in (angles.cos(), angles.sin()))
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention over ``[B, heads, N, D]``, scaled by ``1 / sqrt(D)``.
 
@@ -115,27 +137,41 @@ class Attention(nn.Module):
     """Full multi-head self-attention with one fused query-key-value projection.
 
     ``implementation`` is None while training, where ``backend`` says how, else a name that ``ops.attention`` knows.
+    ``angles`` fp32 ``[N, head_dim / 2]``, where given, turn queries and keys by their place (:func:`grid_angles`).
     """
 
     backend = REFERENCE
+    angles: Tensor | None
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, angles: Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
+        self._angles = angles  # in fp32 on the host, whatever becomes of the weights
+        self.register_buffer("angles", angles, persistent=False)
         self.implementation: str | None = None
         self.qkv = Linear(width, 3 * heads * head_dim)
         self.out = Linear(heads * head_dim, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As every module, but angles follow the device alone: half precision is a pixel wrong across a frame."""
+        super()._apply(fn, recurse)
+        if self.angles is not None and self._angles is not None:
+            self.angles = self._angles.to(self.angles.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, W]`` to ``[B, N, W]``."""
         b, n, _ = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.heads, -1)
+        q, k, v = qkv.unbind(2)
+        if self.angles is not None:
+            q, k = rotate(q, self.angles), rotate(k, self.angles)
         if self.implementation is not None:
-            y = attention(*qkv.unbind(2), implementation=self.implementation)
-        elif self.backend != REFERENCE:
-            y = self_attention_packed(qkv)
+            y = attention(q, k, v, implementation=self.implementation)
+        elif self.backend == REFERENCE:
+            y = attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         else:
-            y = attend(*(t.transpose(1, 2) for t in qkv.unbind(2))).transpose(1, 2)
+            y = self_attention_packed(qkv) if self.angles is None else self_attention(q, k, v)
         out: Tensor = self.out(y.reshape(b, n, -1))
         return out
 
