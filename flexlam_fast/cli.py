@@ -44,6 +44,7 @@ COMMANDS = {
     ),
     "rollout": Command("flexlam_fast.cli", "play", "play scenarios at several budgets beside random and expert"),
     "reconstruct": Command("flexlam_fast.cli", "reconstruct", "decode held-out transitions at several budgets"),
+    "probe": Command("flexlam_fast.cli", "probe", "what the codes of a LAM know: pictures, actions, usage, a verdict"),
 }
 TRAIN = {
     "lam": "lam",
@@ -192,6 +193,45 @@ def reconstruct(
     model = _one(path, checkpoint)
     result = run(model, data, budgets=budgets, transitions=transitions, seed=seed, output=output, device=device)
     print(f"\n{result.markdown()}\nwritten: {output}/reconstruct.json, reconstruct.md, strip.png")
+
+
+def probe(
+    path: str = "",
+    /,
+    *,
+    checkpoint: str = "",
+    data: Path,
+    budgets: tuple[int, ...] | None = None,
+    labels: tuple[int, ...] = (1024, 20_000),
+    transitions: int = 256,
+    seeds: int = 3,
+    seed: int = 0,
+    output: Path = Path("out/probe"),
+    device: str = "auto",
+) -> None:
+    """Ask what the codes of a latent action model know, and whether it has collapsed, is ignored, or leaks.
+
+    Small networks learn the action from frozen codes, beside the previous action alone and an inverse dynamics model on
+    both frames; held-out transitions are decoded from their own codes, from another's, and at cuts between episodes.
+
+    Args:
+        path: a run, its stage lam or joint, a checkpoint of it, a policy, or a shipped name; left out, vizdoom-tiny.
+        checkpoint: the same by name.
+        data: packed episodes, with actions or without; learned from on the train split, judged on the test split.
+        budgets: codes to ask; left out, 1, 2, 4, ... and all.
+        labels: labelled transitions to learn from, one number or several, each at least 10.
+        transitions: how many are decoded, at least 4.
+        seeds: draws of labels, at least 2.
+        seed: of everything drawn.
+        output: folder for probe.json and probe.md.
+        device: where the model runs: cpu, cuda, cuda:1; auto takes a GPU where there is one.
+    """
+    from flexlam_fast.evaluate.probe import FILES
+    from flexlam_fast.evaluate.probe import probe as run
+
+    options: dict[str, Any] = {"labels": labels, "transitions": transitions, "seeds": seeds, "seed": seed}
+    found = run(_one(path, checkpoint), data, budgets=budgets, output=output, device=device, **options)
+    print(f"\n{found.markdown()}\nwritten: {', '.join(str(output / name) for name in FILES)}")
 
 
 def _one(path: str, checkpoint: str) -> str:

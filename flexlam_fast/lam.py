@@ -272,14 +272,17 @@ class LatentActionModel(nn.Module):
             tau: as in :meth:`loss`.
             mean: likewise.
         """
-        dec, backend = self.cfg.decoder, self.backend
         z = self.encoder.forward_frames(now, following)
         quantized = self.bottleneck(z, keep)
+        return self._loss(self.flow_of_frames(now, following, quantized.latents, noise, tau), z, quantized, mean)
+
+    def flow_of_frames(self, now: Tensor, following: Tensor, latents: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
+        """The rectified-flow part of :meth:`loss_of_frames`, scalar, of whatever latents ``[B, K, d]``."""
+        dec, backend = self.cfg.decoder, self.backend
         dtype = product_dtype(self.decoder.embed.weight)
         patches = flow_patches(now, following, noise, tau, dec.patch, dtype=dtype, backend=backend)
-        out = self.decoder.forward_patches(patches, tau, quantized.latents)
-        flow = flow_loss(out, now, following, noise, tau, predict=dec.predict, backend=backend)
-        return self._loss(flow, z, quantized, mean)
+        out = self.decoder.forward_patches(patches, tau, latents)
+        return flow_loss(out, now, following, noise, tau, predict=dec.predict, backend=backend)
 
     def _loss(self, flow: Tensor, z: Tensor, quantized: Quantized, mean: Callable[[Tensor], Tensor] | None) -> LamLoss:
         spread = self.cfg.bottleneck.spread

@@ -82,6 +82,16 @@ def test_the_lam_learns_and_reports_its_codebook(run: Path) -> None:
     assert max(health["codes/entropy_bits"]) > 0.5  # type: ignore[arg-type,type-var]
 
 
+def test_a_validation_of_the_lam_says_whether_the_decoder_listens(run: Path, data: EpisodeStore) -> None:
+    first, *_, last = [m for m in metrics(run / "lam") if "val/loss" in m]
+    assert last["val/loss_full"] < last["val/loss_k0"] < last["val/loss_swapped"]
+    assert last["val/loss_full"] < first["val/loss_full"]
+    # of a model that always keeps every slot, all codes are what the validation is over; of one with no odds, none
+    for prefix, name in (("full", "val/loss_full"), ((1.0, 0.0, 0.0, 0.0, 0.0), "val/loss_k0")):
+        found = LamStage(small_config(prefix=prefix), data, 8, 0, torch.device("cpu")).validate()
+        assert found["val/loss"] == pytest.approx(found[name], rel=1e-6)
+
+
 def test_the_translator_reads_the_action_off_the_codes(run: Path, data: EpisodeStore) -> None:
     best = max(m["val/accuracy_k4"] for m in metrics(run / "translator") if "val/loss" in m)
     chance, tried = 1 / 3, len(data.transitions("test"))  # actions are drawn evenly, and do not follow one another

@@ -87,16 +87,35 @@ class LamStage:
         return self.health.report(self.peers.total)
 
     def validate(self) -> Mapping[str, float]:
-        """Loss on held-out transitions, with the same prefixes, times and noise at every validation."""
-        total = 0.0
+        """Loss on held-out transitions, with the same prefixes, times and noise at every validation.
+
+        ``val/loss`` is over all prefixes. ``val/loss_k0`` is with no codes, ``val/loss_full`` with all, and
+        ``val/loss_swapped`` with all codes of another transition: a decoder that listens has full < k0 < swapped.
+        """
+        totals: dict[str, float] = {}
         for i in range(8):
-            batch = lam_batch(self.frames, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
-            total += float(lam_loss(self.model, self.frames, to_device(batch, self.device), self.test_keys).flow)
-        return {"val/loss": total / 8}
+            drawn = lam_batch(self.frames, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
+            batch = to_device(drawn, self.device)
+            found = {"val/loss": lam_loss(self.model, self.frames, batch, self.test_keys).flow}
+            found |= listening(self.model, self.frames, batch, self.test_keys)
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + float(value) / 8
+        return totals
 
     def identity(self) -> Mapping[str, Any]:
         """Data, seed and batch."""
         return {"data": self.store.fingerprint, "seed": self.seed, "batch": self.batch}
+
+
+def listening(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys) -> dict[str, Tensor]:
+    """The flow loss of a batch without codes, with all of each transition's own, and with all of its neighbour's."""
+    now, following = frames.on_device(batch.frames)
+    tau, noise = _path(model, batch, keys, now[0].numel())
+    none = torch.zeros(len(now), dtype=torch.int64, device=now.device)
+    z = model.encoder.forward_frames(now, following)
+    own = model.bottleneck(z).latents
+    kinds = {"k0": model.bottleneck(z, none).latents, "full": own, "swapped": own.roll(1, 0)}
+    return {f"val/loss_{n}": model.flow_of_frames(now, following, latents, noise, tau) for n, latents in kinds.items()}
 
 
 def transitions(store: EpisodeStore, split: str, cfg: FlexLAMConfig) -> NDArray[np.int64]:
@@ -119,9 +138,13 @@ def lam_batch(
 
 def lam_loss(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
     """The loss of a batch on the device, with prefixes, times and noise drawn there."""
-    cfg = model.cfg
     now, following = frames.on_device(batch.frames)
-    keep = sample_prefix(cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
-    tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], cfg.decoder.tau_mean)
-    noise = draw_normal(keys.noise, batch.streams, now[0].numel())
+    keep = sample_prefix(model.cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
+    tau, noise = _path(model, batch, keys, now[0].numel())
     return model.loss_of_frames(now, following, keep, noise, tau, peers.mean)
+
+
+def _path(model: LatentActionModel, batch: LamBatch, keys: LamKeys, numbers: int) -> tuple[Tensor, Tensor]:
+    """Flow times ``[B]`` and noise fp32 ``[B, numbers]`` of a batch."""
+    tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], model.cfg.decoder.tau_mean)
+    return tau, draw_normal(keys.noise, batch.streams, numbers)
