@@ -65,6 +65,7 @@ def collect(
     noise: float = 0.1,
     test_fraction: float = 0.1,
     workers: int = 2,
+    size: int = 64,
     overwrite: bool = False,
 ) -> None:
     """Play ViZDoom scenarios with their scripted experts and write packed episodes.
@@ -77,11 +78,12 @@ def collect(
         noise: share of the decisions that random bursts take over, 0 to 1.
         test_fraction: share of the episodes that form the test split, 0 to 0.5.
         workers: processes that play, 1 to 1024.
+        size: side of the square frames in pixels, 8 to 120; a model takes frames of its own size.
         overwrite: replace a data set that is there.
     """
     from flexlam_fast.data.collect import collect as run
 
-    options: dict[str, Any] = {"noise": noise, "test_fraction": test_fraction, "workers": workers}
+    options: dict[str, Any] = {"noise": noise, "test_fraction": test_fraction, "workers": workers, "size": size}
     _told(run(output, scenarios, steps=steps, seed=seed, overwrite=overwrite, **options))
 
 

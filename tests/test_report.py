@@ -216,8 +216,8 @@ def test_demo_chooses_episodes_by_time(checkpoint: Path, monkeypatch: pytest.Mon
 def test_demo_refuses_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flexlam_fast.policy import Policy
 
-    Policy(small_config(32)).save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match="demo: expected a model of 64x64x3 frames, got 32x32x3"):
+    Policy(small_config(128)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="demo: expected a model of square frames .*, got 128x128x3"):
         demo(str(tmp_path / "other"), output=tmp_path / "out", budgets=(1,))
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)

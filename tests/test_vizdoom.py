@@ -133,3 +133,14 @@ def test_experts_do_not_dither() -> None:
             actions = np.concatenate([play(env, make_expert(scenario), seed).actions for seed in range(2)])
         flips = sum({a, b} == {left, right} for a, b in itertools.pairwise(actions))
         assert flips < 0.05 * len(actions), scenario
+
+
+def test_frames_are_of_the_size_that_is_asked_for_and_show_the_same() -> None:
+    with DoomEnv("take_cover") as env, DoomEnv("take_cover", size=32) as small:
+        whole, half = (e.reset(3) for e in (env, small))
+        assert (whole.shape, half.shape) == ((64, 64, 3), (32, 32, 3))
+        mean = whole.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
+        assert float(np.abs(mean - half).mean()) < 3, "a box filter twice is nearly the box filter of twice the size"
+    for size in (7, 121, 32.0, "64"):
+        with pytest.raises(InputError, match=r"^size: expected an integer in 8\.\.120, got "):
+            DoomEnv("take_cover", size=size)  # type: ignore[arg-type]

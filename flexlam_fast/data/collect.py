@@ -20,7 +20,7 @@ from flexlam_fast.data.game import check_start, skip_trial
 from flexlam_fast.data.launch import end_with_parent
 from flexlam_fast.data.play import Played, play
 from flexlam_fast.data.store import EpisodeStore
-from flexlam_fast.data.vizdoom import FRAME_SIZE, SCENARIOS, DoomEnv
+from flexlam_fast.data.vizdoom import FRAME_SIZE, SCENARIOS, DoomEnv, check_frame_size
 from flexlam_fast.data.writer import EpisodeWriter
 from flexlam_fast.errors import InputError, SimulatorError
 from flexlam_fast.types import VIZDOOM_ACTIONS
@@ -38,6 +38,7 @@ class _Job(NamedTuple):
     scenario: str
     seed: int
     noise: float
+    size: int
 
 
 def collect(
@@ -49,6 +50,7 @@ def collect(
     noise: float = 0.1,
     test_fraction: float = 0.1,
     workers: int = 2,
+    size: int = FRAME_SIZE,
     overwrite: bool = False,
     progress: bool = True,
 ) -> EpisodeStore:
@@ -63,6 +65,7 @@ def collect(
         noise: share of decisions taken by random bursts, so that the experts are seen to recover.
         test_fraction: share of the episodes that form the test split, 0 to 0.5; above 0 there is at least one.
         workers: processes that play; the result does not depend on it.
+        size: side of the square frames in pixels, 8 to 120.
         overwrite: whether a data set at ``output`` may be replaced.
         progress: whether to show a bar.
 
@@ -76,7 +79,7 @@ def collect(
     """
     output = check_path("output", output)
     targets = _check(scenarios, steps, seed, noise, test_fraction, workers)
-    shape = (FRAME_SIZE, FRAME_SIZE, 3)
+    shape = (check_frame_size(size), size, 3)
     period = round(1 / test_fraction) if test_fraction else 0
     with (
         EpisodeWriter(output, shape, VIZDOOM_ACTIONS, overwrite=overwrite) as writer,
@@ -85,7 +88,7 @@ def collect(
     ):
         for scenario, target in targets.items():
             bar.set_description(scenario)
-            _fill(writer, players, scenario, target, period, seed, noise, bar)
+            _fill(writer, players, scenario, target, period, seed, noise, size, bar)
     return EpisodeStore.open(output)
 
 
@@ -97,9 +100,10 @@ def _fill(
     period: int,
     seed: int,
     noise: float,
+    size: int,
     bar: tqdm[None],
 ) -> None:
-    jobs = (_Job(scenario, seed * SEED_STRIDE + i, noise) for i in range(SEED_STRIDE))
+    jobs = (_Job(scenario, seed * SEED_STRIDE + i, noise, size) for i in range(SEED_STRIDE))
     done, tested = 0, period == 0
     for index, (job, episode) in enumerate(players.play(jobs)):
         # The second episode of every `period`, so that even the smallest collection has both splits.
@@ -199,11 +203,12 @@ class _Seat:
         self._expert: Player | None = None
 
     def play(self, job: _Job) -> Played:
-        if self._env is None or self._expert is None or self._env.scenario != job.scenario:
+        env = self._env
+        if env is None or self._expert is None or (env.scenario, env.size) != (job.scenario, job.size):
             self.close()
-            self._env = DoomEnv(job.scenario, oracle=True)
+            env = self._env = DoomEnv(job.scenario, oracle=True, size=job.size)
             self._expert = make_expert(job.scenario)
-        return play(self._env, self._expert, job.seed, job.noise)
+        return play(env, self._expert, job.seed, job.noise)
 
     def close(self) -> None:
         if self._env is not None:

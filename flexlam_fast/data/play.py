@@ -19,7 +19,7 @@ MEAN_BURST = (1 + LONGEST_BURST) / 2
 class Played(NamedTuple):
     """An episode of ``n`` actions.
 
-    ``frames`` uint8 ``[n,64,64,3]``, what each action was taken on: the action that ends an episode leads to no frame.
+    ``frames`` uint8 ``[n,size,size,3]``, what each action was taken on; the last action leads to no frame.
     ``actions`` int64 ``[n]``, ``rewards`` float64 ``[n]``; ``ret`` the sum of the rewards.
     """
 

@@ -37,8 +37,11 @@ SCENARIOS = {
     "take_cover": "VizdoomTakeCover-v1",
 }
 
+#: Side of the frames in pixels, where nobody asks for another.
 FRAME_SIZE = 64
 FRAME_SKIP = 4
+#: Of the game's own picture, 160 pixels wide.
+SCREEN_HEIGHT = 120
 #: take_cover has no time limit of its own; it gets that of the other three, 2,100 tics.
 MAX_STEPS = 525
 
@@ -46,7 +49,7 @@ Frame = NDArray[np.uint8]
 
 
 class Step(NamedTuple):
-    """What an action led to: the next ``frame`` uint8 ``[64,64,3]``, the ``reward``, and whether the episode ended."""
+    """What an action led to: the next ``frame`` uint8 ``[size,size,3]``, the ``reward``, whether the episode ended."""
 
     frame: Frame
     reward: float
@@ -89,15 +92,16 @@ class DoomEnv:
     Args:
         scenario: a name of ``SCENARIOS``.
         oracle: whether ``state`` is there for scripted experts; the frames are the same either way.
+        size: side of the frames in pixels, 8 to 120, the height of the game's own picture.
 
     Raises:
-        InputError: for an unknown scenario.
+        InputError: for an unknown scenario, or another size.
         SimulatorError: if ViZDoom is missing or does not start.
     """
 
-    def __init__(self, scenario: str, oracle: bool = False) -> None:
+    def __init__(self, scenario: str, oracle: bool = False, size: int = FRAME_SIZE) -> None:
         self.scenario = check_choice("scenario", scenario, SCENARIOS)
-        self.oracle = oracle
+        self.oracle, self.size = oracle, check_frame_size(size)
         self._env = _make(scenario, oracle)
         self._folder = ExitStack()
         #: Also for an environment that nobody closes: at the latest when the interpreter ends.
@@ -132,7 +136,7 @@ class DoomEnv:
         return _world(raw, self._walls)
 
     def reset(self, seed: int) -> Frame:
-        """Start the episode that ``seed`` names and return its first frame, uint8 ``[64,64,3]``.
+        """Start the episode that ``seed`` names and return its first frame, uint8 ``[size,size,3]``.
 
         The first call starts the game, and so does one after ``close`` or after the game broke off.
 
@@ -148,7 +152,7 @@ class DoomEnv:
             raise
         except Exception as error:  # vizdoom raises many types, all of them meaning that the game does not run
             raise SimulatorError(f"vizdoom: {self.scenario} does not start: {_first_line(error)}") from error
-        self._frame = _shrink(observation["screen"])
+        self._frame = _shrink(observation["screen"], self.size)
         self._done = False
         self._steps = 0
         self.last_action = VIZDOOM_ACTIONS.index("NOOP")
@@ -177,7 +181,7 @@ class DoomEnv:
         self.last_action = action
         self._done = bool(terminated or truncated or self._steps >= MAX_STEPS)
         if self._env.unwrapped.state is not None:
-            self._frame = _shrink(observation["screen"])
+            self._frame = _shrink(observation["screen"], self.size)
         return Step(self._frame, float(reward), self._done)
 
     def _start(self, seed: int) -> Any:
@@ -232,10 +236,19 @@ def _make(scenario: str, oracle: bool) -> Any:
         raise SimulatorError(f"vizdoom: {scenario} does not start: {_first_line(error)}") from error
 
 
-def _shrink(screen: NDArray[np.uint8]) -> Frame:
+def check_frame_size(size: object) -> int:
+    """Check that frames can have this side.
+
+    Raises:
+        InputError: ``size: expected an integer in 8..120, got 200``.
+    """
+    return int(check_number("size", size, 8, SCREEN_HEIGHT, integer=True))
+
+
+def _shrink(screen: NDArray[np.uint8], size: int) -> Frame:
     pillow = need("PIL.Image")
     image = pillow.fromarray(np.ascontiguousarray(screen))
-    return np.asarray(image.resize((FRAME_SIZE, FRAME_SIZE), pillow.Resampling.BOX), dtype=np.uint8)
+    return np.asarray(image.resize((size, size), pillow.Resampling.BOX), dtype=np.uint8)
 
 
 def _walls(raw: Any) -> tuple[Wall, ...]:

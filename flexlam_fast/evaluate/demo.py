@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flexlam_fast.data.extras import need
-from flexlam_fast.data.vizdoom import FRAME_SIZE, MAX_STEPS
+from flexlam_fast.data.vizdoom import MAX_STEPS, SCREEN_HEIGHT
 from flexlam_fast.errors import ConfigError
 from flexlam_fast.evaluate.actor import MEASURED, WARMUP, Actor, decide
 from flexlam_fast.evaluate.baselines import film_expert
@@ -141,7 +141,8 @@ def _plan(
 
 def _check_size(policy: Any) -> None:
     cfg = policy.cfg
-    if (cfg.frame, cfg.channels) != (FRAME_SIZE, 3):
+    if not 8 <= cfg.frame <= SCREEN_HEIGHT or cfg.channels != 3:
         raise ConfigError(
-            f"demo: expected a model of {FRAME_SIZE}x{FRAME_SIZE}x3 frames, got {cfg.frame}x{cfg.frame}x{cfg.channels}"
+            f"demo: expected a model of square frames of 8 to {SCREEN_HEIGHT} pixels and 3 channels, got "
+            f"{cfg.frame}x{cfg.frame}x{cfg.channels}"
         )

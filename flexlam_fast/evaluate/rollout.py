@@ -71,7 +71,7 @@ def rollout(
         ends = [play_baselines(name, seeds, bar, seed) for name in scenarios]
     played: dict[int, list[Outcome]] = {}
     with (
-        Games() as games,
+        Games(policy.cfg.frame) as games,
         tqdm(total=len(chosen) * len(jobs) * MAX_STEPS, unit="step", unit_scale=True, disable=not progress) as bar,
     ):
         for k in chosen:

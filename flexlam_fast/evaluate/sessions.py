@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexlam_fast.data.collect import EVALUATION_SEED, SEED_STRIDE
-from flexlam_fast.data.vizdoom import MAX_STEPS, DoomEnv
+from flexlam_fast.data.vizdoom import FRAME_SIZE, MAX_STEPS, DoomEnv
 from flexlam_fast.evaluate.actor import Actor, decide
 from flexlam_fast.values import check_number
 
@@ -43,9 +43,13 @@ def evaluation_seed(seed: int, episode: int) -> int:
 
 
 class Games:
-    """Running games by scenario, lent and taken back, so that none is started twice; a context manager."""
+    """Running games by scenario, lent and taken back, so that none is started twice; a context manager.
 
-    def __init__(self) -> None:
+    ``size`` is the side of their frames.
+    """
+
+    def __init__(self, size: int = FRAME_SIZE) -> None:
+        self.size = size
         self._idle: dict[str, list[DoomEnv]] = {}
         self._all = ExitStack()
 
@@ -53,7 +57,7 @@ class Games:
         """Hand out a game of ``scenario``, starting one if all are out."""
         waiting = self._idle.setdefault(scenario, [])
         if not waiting:
-            env = DoomEnv(scenario)
+            env = DoomEnv(scenario, size=self.size)
             self._all.callback(env.close)
             return env
         return waiting.pop()

@@ -146,7 +146,7 @@ def all_stages(
     options.check()
     cfg, device = _config(options), _device(options)
     peers = Peers.join(device)
-    peers.first(lambda: _collect_missing(options))
+    peers.first(lambda: _collect_missing(options, cfg.frame))
     store = EpisodeStore.open(options.data)
     check_actions(cfg, store)  # what would stop a later stage stops the first
     choose_labels(store, "train", _labels(options, labels), options.seed, labels_from)
@@ -209,11 +209,11 @@ def _device(options: RunOptions) -> torch.device:
     return find_device(name)
 
 
-def _collect_missing(options: RunOptions) -> None:
+def _collect_missing(options: RunOptions, size: int) -> None:
     if not options.data.exists():
         from flexlam_fast.data.collect import collect
 
-        collect(options.data, tuple(COLLECTION), steps=tuple(COLLECTION.values()), seed=options.seed)
+        collect(options.data, tuple(COLLECTION), steps=tuple(COLLECTION.values()), seed=options.seed, size=size)
 
 
 def _encode(
