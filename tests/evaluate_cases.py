@@ -24,12 +24,12 @@ class ToyEnv:
 
     started = 0
 
-    def __init__(self, scenario: str) -> None:
+    def __init__(self, scenario: str, size: int = 64) -> None:
         ToyEnv.started += 1
-        self.scenario = scenario
+        self.scenario, self.size = scenario, size
 
     def _look(self) -> np.ndarray[Any, Any]:
-        frame = np.zeros((64, 64, 3), np.uint8)
+        frame = np.zeros((self.size, self.size, 3), np.uint8)
         frame[0, 0] = (self.seed % 256, self.t, len(self.scenario))
         return frame
 
