@@ -13,9 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
-#: What the tests and benches can use and the image has not.
-LACKING = ("vector_quantize_pytorch", "einx", "frozendict", "nvtx")
+from gpu import LACKING
 
 
 class Hidden(MetaPathFinder):

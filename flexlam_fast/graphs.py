@@ -18,7 +18,7 @@ from flexlam_fast.capture import WARM_RUNS, recording, warming
 from flexlam_fast.loop import DecisionLoop, Outcome
 from flexlam_fast.types import Actions
 
-#: Graphs kept at once; the one that was used longest ago gives way. All share one pool of memory.
+#: Graphs kept at once beside those of warm-ups; the one used longest ago gives way. All share one pool of memory.
 MOST_GRAPHS = 32
 
 Decide = Callable[[Tensor, Tensor], Outcome]
@@ -39,6 +39,7 @@ class GraphedLoop:
     def __init__(self, loop: DecisionLoop) -> None:
         self.loop, self.device = loop, loop.pixels.device
         self.captured: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
+        self.kept: set[tuple[object, ...]] = set()  # those that never give way
         self.pool = torch.cuda.graph_pool_handle()
         self.done = torch.cuda.Event()
 
@@ -66,16 +67,20 @@ class GraphedLoop:
         self.done.synchronize()
         return _map(torch.clone, found.outcome)
 
-    def prepare(self, key: tuple[object, ...], decide: Decide, shape: tuple[int, ...]) -> Captured:
+    def prepare(self, key: tuple[object, ...], decide: Decide, shape: tuple[int, ...], keep: bool = False) -> Captured:
         """The graph of ``key`` for frames of ``shape`` ``[B, H, W, C]``, captured now if it is new.
 
-        A capture takes as long as hundreds of decisions; it leaves the sessions as they are.
+        A capture takes as long as hundreds of decisions; it leaves the sessions as they are. With ``keep`` it never
+        gives way to another.
         """
         key = (shape[0], *key)
+        if keep:
+            self.kept.add(key)
         if key not in self.captured:
             self.captured[key] = self._capture(decide, shape)
-            if len(self.captured) > MOST_GRAPHS:
-                self.captured.popitem(last=False)
+            others = [known for known in self.captured if known not in self.kept]
+            if len(others) > MOST_GRAPHS:
+                del self.captured[others[0]]
         self.captured.move_to_end(key)
         return self.captured[key]
 

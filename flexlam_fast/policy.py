@@ -81,7 +81,7 @@ class Policy(Pretrained):
             expected = f"{_name(dtype)}, the dtype of the weights, with backend {TRITON!r}"
             raise BackendError(f"pages: expected {expected}, got {_name(self.pages)}")
         self.latencies: dict[int, LatencyTable] = {}  # by batch size, from warmup()
-        self.warmed: dict[int, tuple[How, ...]] = {}  # what those measured
+        self.warmed: dict[tuple[int, float, int | None], LatencyTable] = {}  # also by temperature and top_k
         with torch.random.fork_rng(devices=[]), fp32_by_default():
             torch.manual_seed(int(seed))
             self.lam = LatentActionModel(cfg, backend)
@@ -265,6 +265,7 @@ class Policy(Pretrained):
         state = self.loop, self.graphed, self.generator
         try:
             self._make_pool(batch, 0)
+            self._prepare({(batch, *drawing): chosen})
             self.cache.open(batch)
             size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
             frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -275,8 +276,7 @@ class Policy(Pretrained):
             )
         finally:
             self.loop, self.graphed, self.generator = state
-        self.latencies[batch] = table
-        self.warmed[batch] = tuple(How(k, *drawing) for k in chosen)
+        self.latencies[batch] = self.warmed[batch, *drawing] = table
         self._prepare()
         return table
 
@@ -295,16 +295,21 @@ class Policy(Pretrained):
         self.loop = DecisionLoop(self.cfg, capacity, self.device, self.dtype, self.pages, seed)
         self.graphed = GraphedLoop(self.loop) if self.graphs else None
 
+    @isolated
     @torch.no_grad()
-    def _prepare(self) -> None:
-        """Capture what was measured and is not there yet; the largest budgets first, whose memory the others share."""
+    def _prepare(self, wanted: dict[tuple[int, float, int | None], list[int]] | None = None) -> None:
+        """Capture budgets by batch size, temperature and top_k that are not there yet, the largest first, whose memory
+        the others share; None is all that was measured."""
         if self.graphed is None:
             return
+        if wanted is None:
+            wanted = {key: [row.budget for row in table.rows] for key, table in self.warmed.items()}
         self.stages.refresh()
-        for batch, hows in self.warmed.items():
+        for (batch, temperature, top_k), budgets in wanted.items():
             size = (batch, self.cfg.frame, self.cfg.frame, self.cfg.channels)
-            for how in sorted(hows, key=lambda how: -how.budget) if batch <= self.cache.capacity else ():
-                self.graphed.prepare(how, partial(self.loop.decide, self.stages, how), size)
+            for k in sorted(budgets, reverse=True) if batch <= self.cache.capacity else ():
+                how = How(k, temperature, top_k)
+                self.graphed.prepare(how, partial(self.loop.decide, self.stages, how), size, keep=True)
 
     def _budget(
         self, budget: int | None, deadline_ms: float | None, batch: int, drawing: tuple[float, int | None]
@@ -315,7 +320,7 @@ class Policy(Pretrained):
             raise BudgetError(f"budget: expected an integer in 1..{slots} or deadline_ms, got {got}")
         if deadline_ms is None:
             return check_budget("budget", budget, 1, slots)
-        table = self.latencies.get(batch)
+        table = self.warmed.get((batch, *drawing), self.latencies.get(batch))
         if table is None:
             raise InputError(f"deadline_ms: expected a warm-up first, policy.warmup(batch_size={batch}), got none")
         if self.graphed is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexlam_fast.deadline import LatencyTable
     from flexlam_fast.graphs import GraphedLoop
     from flexlam_fast.lam import LatentActionModel
-    from flexlam_fast.loop import DecisionLoop, How, Stages
+    from flexlam_fast.loop import DecisionLoop, Stages
     from flexlam_fast.sequence.model import SequenceModel
     from flexlam_fast.translator import Translator
 
@@ -36,13 +36,15 @@ class Pretrained:
     graphed: GraphedLoop | None
     generator: torch.Generator
     latencies: dict[int, LatencyTable]
-    warmed: dict[int, tuple[How, ...]]
+    warmed: dict[tuple[int, float, int | None], LatencyTable]
 
     if TYPE_CHECKING:
 
         def __init__(
             self, cfg: FlexLAMConfig, *, device: torch.device | str, dtype: torch.dtype, backend: str
         ) -> None: ...
+
+        def _prepare(self) -> None: ...
 
     def parts(self) -> dict[str, nn.Module]:
         """The three stages by the names that checkpoints use."""
@@ -102,17 +104,23 @@ class Pretrained:
         twin.__dict__.update(self.__dict__, stages=self.stages.twin())
         own = self.loop, self.graphed, self.generator, self.latencies, self.warmed
         twin.loop, twin.graphed, twin.generator, twin.latencies, twin.warmed = copy.deepcopy(own)
+        twin._prepare()
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Weights and sessions of its own; what runs on them is laid out anew when the copy first decides."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._prepare()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, because ``torch.multiprocessing`` gives another process the very memory of what it is handed."""
         return copy.deepcopy(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
 
     def state(self) -> dict[str, Tensor]:
         """All weights by name, ``lam.``, ``sequence.`` and ``translator.`` in front."""

@@ -5,6 +5,8 @@ A capture needs a GPU; here it keeps the decision and a replay makes it, and eve
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import torch
 from small import small_config
 from torch import Tensor
 
+from flexlam_fast import graphs
 from flexlam_fast.errors import InputError
 from flexlam_fast.graphs import Captured, GraphedLoop
 from flexlam_fast.loop import Outcome
@@ -122,6 +125,33 @@ def test_another_capacity_captures_again_what_was_measured(captures: list[int]) 
     assert captures == [2, 2, 2, 2]
     assert policy.act(FRAMES[0, :2], deadline_ms=1e9, sessions=[0, 2]).budget == 4
     assert len(captures) == 4
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_copy_keeps_deadlines_as_its_original_does(captures: list[int], way: Callable[[Policy], Policy]) -> None:
+    policy = graphed()
+    policy.warmup([1, 4], warm=0, rounds=1)
+    twin = way(policy)
+    before = len(captures)
+    assert twin.act(FRAMES[0, :1], deadline_ms=1e9).budget == 4
+    assert len(captures) == before
+
+
+def test_what_was_warmed_never_gives_way_and_each_drawing_has_its_own_table(
+    captures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    policy = graphed()
+    policy.warmup([1, 2, 3, 4], warm=0, rounds=1)
+    policy.warmup([2], warm=0, rounds=1, temperature=1.0)
+    for temperature in (0.3, 0.4, 0.5, 0.6):
+        policy.act(FRAMES[0, :1], 1, temperature=temperature)
+    before = len(captures)
+    assert policy.act(FRAMES[1, :1], deadline_ms=1e9).budget == 4
+    assert policy.act(FRAMES[2, :1], deadline_ms=1e9, temperature=1.0).budget == 2
+    assert len(captures) == before
+    policy.reset(capacity=2)
+    assert policy.act(FRAMES[1, :1], deadline_ms=1e9).budget == 4
 
 
 def test_a_deadline_is_refused_where_it_would_have_to_capture(captures: list[int]) -> None:

@@ -17,12 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flexlam_fast.data.store import EpisodeStore
+from flexlam_fast.errors import DataError
 from flexlam_fast.evaluate.fitting import InverseDynamics, Recipe, fit, scores, small_mlp
 from flexlam_fast.evaluate.summary import Score, score
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.train.translator import choose_labels
 
 FRAMES_RECIPE = Recipe(steps=1500, batch=128, rate=1e-3)
+#: Share of actions that frames must get right beyond the commonest action, to be something to compare with.
+LEAST_SAID = 0.02
+#: Labelled transitions that a probe learns from at least.
+FEWEST = 10
 #: Words that turn into each other when a transition is played backwards.
 OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "OPEN": "CLOSE"}
 
@@ -30,11 +35,13 @@ OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "OPEN": "CLOS
 class LabelCount(NamedTuple):
     """Shares of held-out actions that are right, with ``labels`` of them to learn from; intervals over seeds.
 
+    A seed draws the labels and starts the networks; where the labels are ``every`` one there is, only the latter.
     ``codes`` by budget, from codes alone; ``together`` from all codes and the previous action; ``tasks`` from all codes
     alone, by task.
     """
 
     labels: int
+    every: bool
     commonest: Score
     previous: Score
     frames: Score
@@ -42,11 +49,11 @@ class LabelCount(NamedTuple):
     together: Score
     tasks: dict[str, Score]
 
-    def carried(self) -> float:
-        """Which part of what frames say beyond the commonest action the codes alone say."""
-        return (self.codes[max(self.codes)].mean - self.commonest.mean) / max(
-            1e-9, self.frames.mean - self.commonest.mean
-        )
+    def carried(self) -> float | None:
+        """Which part of what frames say beyond the commonest action the codes alone say; None if that is next to
+        nothing."""
+        said = self.frames.mean - self.commonest.mean
+        return (self.codes[max(self.codes)].mean - self.commonest.mean) / said if said >= LEAST_SAID else None
 
 
 class Reversal(NamedTuple):
@@ -99,7 +106,10 @@ def probe_actions(
     """
     if not store.labelled:
         return None
-    wanted = sorted({min(n, _labelled(store, "train")) for n in labels})
+    known = _labelled(store, "train")
+    if known < FEWEST:
+        raise DataError(f"{store.path}: expected at least {FEWEST} labelled train transitions, got {known}")
+    wanted = sorted({min(n, known) for n in labels})
     judges = pool_of(lam, store, choose_labels(store, "test", min(held_out, _labelled(store, "test")), seed))
     runs: dict[int, list[dict[str, float]]] = {n: [] for n in wanted}
     reversals: list[float] = []
@@ -113,7 +123,7 @@ def probe_actions(
             bar.update()
     bar.close()
     reversible = len(_reversible(store, judges)[0])
-    counts = tuple(_count(n, runs[n], budgets, store.tasks) for n in wanted)
+    counts = tuple(_count(n, n == known, runs[n], budgets, store.tasks) for n in wanted)
     return ActionProbe(counts, Reversal(score(reversals), reversible) if reversals else None, len(judges.rows))
 
 
@@ -185,7 +195,7 @@ def _seen(store: EpisodeStore, learners: Pool, judges: Pool, classes: int, seed:
     """Actions that an inverse dynamics model says of held-out frames."""
 
     def reader(pool: Pool) -> Callable[[Tensor], Tensor]:
-        return lambda rows: torch.from_numpy(store.take(np.stack([pool.rows[rows], pool.rows[rows] + 1], axis=1)))
+        return lambda rows: torch.from_numpy(store.take(_both(pool.rows[rows.numpy()])))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -225,13 +235,20 @@ def _reversal(lam: LatentActionModel, store: EpisodeStore, learners: Pool, judge
     return [float((said == expected).float().mean())]
 
 
-def _count(n: int, runs: list[dict[str, float]], budgets: Sequence[int], tasks: Sequence[str]) -> LabelCount:
+def _both(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Both frames of each transition, ``[n, 2]``."""
+    return np.stack([rows, rows + 1], axis=1)
+
+
+def _count(
+    n: int, every: bool, runs: list[dict[str, float]], budgets: Sequence[int], tasks: Sequence[str]
+) -> LabelCount:
     def over(name: str) -> Score:
         return score([run[name] for run in runs])
 
     codes = {k: over(f"codes {k}") for k in budgets}
     by_task = {task: over(f"task {task}") for task in tasks if f"task {task}" in runs[0]}
-    return LabelCount(n, over("commonest"), over("previous"), over("frames"), codes, over("together"), by_task)
+    return LabelCount(n, every, over("commonest"), over("previous"), over("frames"), codes, over("together"), by_task)
 
 
 def plain(count: LabelCount) -> dict[str, Any]:
@@ -240,7 +257,7 @@ def plain(count: LabelCount) -> dict[str, Any]:
     def pair(value: Score) -> dict[str, float]:
         return {"mean": value.mean, "ci95": value.ci95}
 
-    found: dict[str, Any] = {"labels": count.labels, "carried": count.carried()}
+    found: dict[str, Any] = {"labels": count.labels, "every": count.every, "carried": count.carried()}
     for name in ("commonest", "previous", "frames", "together"):
         found[name] = pair(getattr(count, name))
     found["codes"] = {str(k): pair(value) for k, value in count.codes.items()}

@@ -16,7 +16,7 @@ from flexlam_fast.evaluate.summary import Score, score
 
 
 class Baselines(NamedTuple):
-    """Returns of the random player and of the expert on one scenario, and a ``film`` uint8 ``[n,64,64,3]``.
+    """Returns of the random player and of the expert on one scenario, and a ``film`` uint8 ``[n,size,size,3]``.
 
     The film holds the frames of the expert's first episode.
     """
@@ -26,13 +26,13 @@ class Baselines(NamedTuple):
     film: NDArray[np.uint8]
 
 
-def film_expert(scenario: str, seed: int) -> NDArray[np.uint8]:
-    """Frames uint8 ``[n,64,64,3]`` of one episode of the scripted expert."""
-    with DoomEnv(scenario, oracle=True) as env:
+def film_expert(scenario: str, seed: int, size: int) -> NDArray[np.uint8]:
+    """Frames uint8 ``[n,size,size,3]`` of one episode of the scripted expert."""
+    with DoomEnv(scenario, oracle=True, size=size) as env:
         return play(env, make_expert(scenario), seed).frames
 
 
-def play_baselines(scenario: str, seeds: Sequence[int], bar: tqdm[None], seed: int = 0) -> Baselines:
+def play_baselines(scenario: str, seeds: Sequence[int], bar: tqdm[None], seed: int, size: int) -> Baselines:
     """Play every episode twice, once at random and once with the scripted expert.
 
     Args:
@@ -40,6 +40,7 @@ def play_baselines(scenario: str, seeds: Sequence[int], bar: tqdm[None], seed: i
         seeds: the episodes, at least two.
         bar: advances by ``2 * MAX_STEPS`` for every seed.
         seed: of the random player's choices.
+        size: side of the film's frames in pixels.
 
     Raises:
         SimulatorError: if ViZDoom is missing or stops.
@@ -47,7 +48,7 @@ def play_baselines(scenario: str, seeds: Sequence[int], bar: tqdm[None], seed: i
     expert, gambler = make_expert(scenario), random_policy(seed)
     lows, highs, film = [], [], None
     # The frames are the same with and without the oracle, so one game serves both.
-    with DoomEnv(scenario, oracle=True) as env:
+    with DoomEnv(scenario, oracle=True, size=size) as env:
         for episode in seeds:
             lows.append(play(env, gambler, episode).ret)
             bar.update(MAX_STEPS)

@@ -87,7 +87,7 @@ def film_strip(lam: LatentActionModel, scenarios: Sequence[str], budgets: Sequen
     """Film the expert in each scenario and return the strip of two transitions of each as a PNG."""
     labels, now, following = [], [], []
     for scenario in scenarios:
-        film = film_expert(scenario, evaluation_seed(seed, 0))
+        film = film_expert(scenario, evaluation_seed(seed, 0), lam.cfg.frame)
         moves = change(*Pairs.of(film[:-1], film[1:])).numpy()
         for i in pick(moves, 2):
             labels.append(scenario)

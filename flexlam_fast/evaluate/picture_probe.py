@@ -35,11 +35,12 @@ class Quality(NamedTuple):
 
 class PictureProbe(NamedTuple):
     """Quality by name (copying, ``k=...``, swapped codes); ``obeyed`` is the PSNR of a transition's own codes over
-    swapped ones, in dB; ``leaked`` the share of the squared error on unrelated pairs that the codes take away."""
+    swapped ones, in dB; ``leaked`` the share of the squared error on all unrelated pairs together that the codes take
+    away, None where the test split is one episode and knows no such pairs."""
 
     quality: dict[str, Quality]
     obeyed: Score
-    leaked: Score
+    leaked: Score | None
     transitions: int
 
     def gain(self, moving: bool = False) -> float:
@@ -54,19 +55,19 @@ class PictureProbe(NamedTuple):
             name: {part: {"mean": s.mean, "ci95": s.ci95} for part, s in quality._asdict().items()}
             for name, quality in self.quality.items()
         }
-        both = {
-            name: {"mean": s.mean, "ci95": s.ci95} for name, s in (("obeyed", self.obeyed), ("leaked", self.leaked))
-        }
+        found = (("obeyed", self.obeyed), ("leaked", self.leaked))
+        both = {name: None if s is None else {"mean": s.mean, "ci95": s.ci95} for name, s in found}
         return {"quality": rows, **both, "transitions": self.transitions}
 
 
 class _Guesses(NamedTuple):
-    """Of one batch: PSNR ``[names, B]``, SSIM likewise, how much moves ``[B]``, and the share leaked ``[B]``."""
+    """Of one batch: PSNR ``[names, B]``, SSIM likewise, how much moves ``[B]``, and the squared errors on unrelated
+    pairs ``[2, B]``, without codes and with all of them."""
 
     psnr: Tensor
     ssim: Tensor
     moves: Tensor
-    leaked: Tensor
+    cuts: Tensor
 
 
 def probe_pictures(
@@ -88,14 +89,14 @@ def probe_pictures(
         seed: of the choice, the pairing and the noise, which is the same for every way.
         progress: whether to show a bar.
     """
-    index, others = _chosen(store, transitions, seed)
+    index, others, foreign = _chosen(store, transitions, seed)
     parts = [
         _guess(lam, store, index[rows], others[rows], budgets, seed + int(rows[0]))
         for rows in tqdm(np.array_split(np.arange(len(index)), -(-len(index) // CHUNK)), desc="decode", unit="batch",
                          disable=not progress)
     ]  # fmt: skip
     quality = [torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("psnr", "ssim")]
-    moves, leaked = (torch.cat([getattr(part, name) for part in parts]) for name in ("moves", "leaked"))
+    moves, cuts = torch.cat([part.moves for part in parts]), torch.cat([part.cuts for part in parts], dim=1)
     half = moves.argsort(descending=True, stable=True)[: len(moves) // 2]
     names = [COPY, *(f"k={k}" for k in budgets), SWAPPED]
     rows = {
@@ -103,11 +104,22 @@ def probe_pictures(
         for name, p, s in zip(names, *quality, strict=True)
     }
     obeyed = quality[0][names.index(f"k={max(budgets)}")] - quality[0][-1]
-    return PictureProbe(rows, score(obeyed.tolist()), score(leaked.tolist()), len(index))
+    return PictureProbe(rows, score(obeyed.tolist()), _share(*cuts) if foreign else None, len(index))
 
 
-def _chosen(store: EpisodeStore, transitions: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Transitions of the test split, and for each another one, of another episode where there is one."""
+def _share(without: Tensor, with_codes: Tensor) -> Score:
+    """Which part of all pairs' error the codes take away, with the interval of a jackknife over pairs."""
+
+    def of(a: Tensor, b: Tensor) -> Tensor:
+        return 1 - b / a.clamp_min(1e-9)
+
+    n, a, b = len(without), without.double(), with_codes.double()
+    whole, each = of(a.sum(), b.sum()), of(a.sum() - a, b.sum() - b)
+    return score((n * whole - (n - 1) * each).tolist())._replace(mean=float(whole))
+
+
+def _chosen(store: EpisodeStore, transitions: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+    """Transitions of the test split, for each another one, and whether all of those are of another episode."""
     available, random = store.expect_transitions("test", 4), np.random.default_rng(seed)
     index = np.sort(random.choice(available, min(transitions, len(available)), replace=False))
     firsts = np.array([episode.first for episode in store.episodes])
@@ -116,7 +128,7 @@ def _chosen(store: EpisodeStore, transitions: int, seed: int) -> tuple[NDArray[n
     for i, owner in enumerate(owners):
         foreign = index[owners != owner]
         others[i] = random.choice(foreign if len(foreign) else np.delete(index, i))
-    return index, others
+    return index, others, len(set(owners.tolist())) > 1
 
 
 @torch.no_grad()
@@ -147,7 +159,7 @@ def _guess(
         torch.stack([psnr(guess, truth) for guess in guesses]),
         torch.stack([ssim(guess, truth) for guess in guesses]),
         change(now.cpu(), truth),
-        1 - with_codes / without.clamp_min(1e-6),
+        torch.stack([without, with_codes]),
     )
 
 

@@ -17,7 +17,7 @@ from flexlam_fast.checks import check_budget, check_list
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import InputError
-from flexlam_fast.evaluate.action_probe import ActionProbe, LabelCount, plain, pool_of, probe_actions
+from flexlam_fast.evaluate.action_probe import FEWEST, ActionProbe, LabelCount, plain, pool_of, probe_actions
 from flexlam_fast.evaluate.decoding import check_budgets
 from flexlam_fast.evaluate.files import make_folder, write
 from flexlam_fast.evaluate.load import load_lam
@@ -60,8 +60,9 @@ class Probe(NamedTuple):
             found.append(
                 f"ignored: a transition's own codes decode {self.pictures.obeyed.mean:.2f} dB better than another's"
             )
-        if self.pictures.leaked.mean > LEAKING:
-            share = self.pictures.leaked.mean
+        leaked = self.pictures.leaked
+        if leaked is not None and leaked.mean > LEAKING:
+            share = leaked.mean
             found.append(f"leaking: at a cut to another episode the codes take away {share:.0%} of the error")
         return found
 
@@ -131,7 +132,7 @@ def probe(
         FlexLAMError: one sentence for whatever cannot be read, written, or has the wrong size.
     """
     check_path("data", data)
-    counts = [check_budget("labels", n, 10, 2**31 - 1) for n in check_list("labels", labels, "integers")]
+    counts = [check_budget("labels", n, FEWEST, 2**31 - 1) for n in check_list("labels", labels, "integers")]
     if not counts:
         raise InputError("labels: expected at least one number, got none")
     check_budget("transitions", transitions, 4, 2**31 - 1)
@@ -184,9 +185,15 @@ def _usage(lam: LatentActionModel, store: EpisodeStore, seed: int) -> Usage:
 
 
 def _known(count: LabelCount) -> str:
-    codes, frames = count.codes[max(count.codes)].mean, count.frames.mean
+    codes, frames, carried = count.codes[max(count.codes)].mean, count.frames.mean, count.carried()
+    if carried is None:
+        return (
+            f"with {count.labels} labels the frames themselves say no more about the action than the commonest one: "
+            f"{frames:.3f} of held-out actions right from frames, {count.commonest.mean:.3f} by that one, {codes:.3f} "
+            f"from codes"
+        )
     return (
-        f"codes carry {count.carried():.0%} of what the frames say about the action: {codes:.3f} of held-out actions "
+        f"codes carry {carried:.0%} of what the frames say about the action: {codes:.3f} of held-out actions "
         f"are right from codes alone, {frames:.3f} from both frames, {count.commonest.mean:.3f} by the commonest "
         f"action, with {count.labels} labels"
     )
@@ -198,9 +205,14 @@ def _picture_table(found: PictureProbe) -> str:
         lines.append(f"| {name} | {_pm(quality.psnr, 2)} | {_pm(quality.ssim, 3)} | {_pm(quality.moving, 2)} |")
     return "\n".join(lines) + (
         f"\n\n{found.transitions} held-out transitions, means with 95% intervals; 'moving' is the half that changes "
-        f"most. Own codes over swapped ones: {_pm(found.obeyed, 2)} dB. At a cut to another episode the codes take "
-        f"away {_pm(found.leaked, 2)} of the squared error."
+        f"most. Own codes over swapped ones: {_pm(found.obeyed, 2)} dB. {_cuts(found.leaked)}"
     )
+
+
+def _cuts(leaked: Score | None) -> str:
+    if leaked is None:
+        return "The test split is one episode, so there is no cut to another to ask about."
+    return f"At a cut to another episode the codes take away {_pm(leaked, 2)} of the squared error."
 
 
 def _action_table(found: ActionProbe) -> str:
@@ -216,12 +228,14 @@ def _action_table(found: ActionProbe) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---:"] * len(heads)) + " |"]
     for count in found.counts:
         cells = [count.commonest, count.previous, *(count.codes[k] for k in ks), count.together, count.frames]
-        lines.append("| " + " | ".join([str(count.labels), *(_pm(cell, 3) for cell in cells)]) + " |")
+        first = f"{count.labels} (all)" if count.every else str(count.labels)
+        lines.append("| " + " | ".join([first, *(_pm(cell, 3) for cell in cells)]) + " |")
     last = found.counts[-1]
     tasks = ", ".join(f"{task} {_pm(value, 2)}" for task, value in last.tasks.items())
     text = "\n".join(lines) + (
         f"\n\nShare of {found.held_out} held-out actions that are right, evenly over tasks, with 95% intervals over "
-        f"draws of labels. Codes alone at k={ks[-1]} with {last.labels} labels, by task: {tasks}."
+        f"draws of labels and networks, or networks alone where those are all labels there are. Codes alone at "
+        f"k={ks[-1]} with {last.labels} labels, by task: {tasks}."
     )
     if found.reversal is not None:
         text += (

@@ -68,7 +68,7 @@ def rollout(
     jobs = [Job(name, s) for name in scenarios for s in seeds]
     with tqdm(total=2 * len(jobs) * MAX_STEPS, unit="step", unit_scale=True, disable=not progress) as bar:
         bar.set_description("random and expert")
-        ends = [play_baselines(name, seeds, bar, seed) for name in scenarios]
+        ends = [play_baselines(name, seeds, bar, seed, policy.cfg.frame) for name in scenarios]
     played: dict[int, list[Outcome]] = {}
     with (
         Games(policy.cfg.frame) as games,
