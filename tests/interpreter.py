@@ -1,4 +1,4 @@
-"""Triton's interpreter with a product whose sums have one order on every machine.
+"""Triton's interpreter with a product whose sums have one order on every machine, and with any numpy.
 
 The interpreter multiplies by numpy, whose BLAS adds in an order that depends on the processor and the number of rows.
 No test is to depend on that: here a product is a binary tree over ``K``, whatever ``M`` and ``N`` are.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -33,6 +34,16 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
     return TensorHandle(product(a.data, b.data, d.data.dtype) + d.data, d.dtype.scalar)
 
 
-def fix_order_of_products() -> None:
-    """Have every interpreted ``tl.dot`` of this process add in that order."""
+def settle() -> None:
+    """Have every interpreted ``tl.dot`` of this process add in that order, and every tensor of one number be an index.
+
+    Triton 3.6 makes an index of an array of shape ``(1,)``, which numpy 2.5 refuses: ``range(tensor)`` fails.
+    """
     InterpreterBuilder.create_dot = _create_dot
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
