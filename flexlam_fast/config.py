@@ -112,9 +112,9 @@ class DecoderConfig:
     logit-normal with mean ``tau_mean`` and deviation 1 in training; a negative mean asks more often about the noisy
     end of the path, where only the latents know the next frame.
 
-    ``rope`` turns queries and keys by the place of their patch, which makes "look so far to the left" one pattern for
-    all patches. ``latents_in_adaln`` adds the flattened latents to the flow time that shifts, scales and gates every
-    layer, so that what was done can choose the pattern. Both are ours and off in the paper's sizes.
+    ``rope`` rotates queries and keys by the position of their patch (RoPE), so that "look so far to the left" is one
+    pattern for all patches. ``latents_in_adaln`` adds the flattened latents to the flow time that shifts, scales and
+    gates every layer, so that what was done can choose the pattern. Both are ours and off in the paper's sizes.
     """
 
     depth: int = _size(12, high=MAX_DEPTH)

@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         self.slot = nn.Parameter(torch.randn(cfg.bottleneck.slots, dec.width) * 0.5)
         self.time = nn.Sequential(nn.Linear(dec.width, dec.width), nn.SiLU(), nn.Linear(dec.width, dec.width))
         slots, numbers = cfg.bottleneck.slots, cfg.bottleneck.slots * cfg.bottleneck.dim
-        self.heard = nn.Linear(numbers, dec.width, bias=False) if dec.latents_in_adaln else None
+        self.latent_condition = nn.Linear(numbers, dec.width, bias=False) if dec.latents_in_adaln else None
         angles = grid_angles(cfg.frame // dec.patch, slots, dec.head_dim) if dec.rope else None
         sizes = dec.width, dec.heads, dec.head_dim, dec.ffn
         self.blocks = nn.ModuleList(DecoderBlock(*sizes, angles) for _ in range(dec.depth))
@@ -72,8 +72,8 @@ class Decoder(nn.Module):
         self.apply(init_linear)
         # Xavier would let d = 4 inputs whisper beside the slot embeddings; codes would collapse before they are heard
         nn.init.normal_(self.latent.weight, std=cfg.bottleneck.dim**-0.5)
-        if self.heard is not None:
-            nn.init.normal_(self.heard.weight, std=0.5 * cfg.bottleneck.dim**-0.5)
+        if self.latent_condition is not None:
+            nn.init.normal_(self.latent_condition.weight, std=0.5 * cfg.bottleneck.dim**-0.5)
         for layer in [self.condition, self.head, *(block.get_submodule("condition") for block in self.blocks)]:
             nn.init.zeros_(layer.get_parameter("weight"))  # adaLN-zero: every block starts as the identity
 
@@ -89,8 +89,8 @@ class Decoder(nn.Module):
         tokens = self.embed(patches) + self.position
         tokens = torch.cat([tokens, self.latent(latents.to(dtype)) + self.slot], dim=1)
         time = self.time(time_features(tau, self.slot.shape[1]).to(dtype))
-        if self.heard is not None:
-            time = time + self.heard(latents.to(dtype).flatten(1))
+        if self.latent_condition is not None:
+            time = time + self.latent_condition(latents.to(dtype).flatten(1))
         time = F.silu(time)
         for block in self.blocks:
             tokens = block(tokens, time)

@@ -19,7 +19,7 @@ from flexlam_fast.loop import DecisionLoop, Outcome
 from flexlam_fast.types import Actions
 
 #: Graphs kept at once beside those of warm-ups; the one used longest ago gives way. All share one pool of memory.
-MOST_GRAPHS = 32
+MAX_GRAPHS = 32
 
 Decide = Callable[[Tensor, Tensor], Outcome]
 
@@ -79,7 +79,7 @@ class GraphedLoop:
         if key not in self.captured:
             self.captured[key] = self._capture(decide, shape)
             others = [known for known in self.captured if known not in self.kept]
-            if len(others) > MOST_GRAPHS:
+            if len(others) > MAX_GRAPHS:
                 del self.captured[others[0]]
         self.captured.move_to_end(key)
         return self.captured[key]

@@ -75,8 +75,8 @@ def sincos_grid(side: int, width: int) -> Tensor:
 def grid_angles(side: int, others: int, dim: int) -> Tensor:
     """Angles fp32 ``[side * side + others, dim / 2]`` of rotary position embeddings (RoPE) on a square grid.
 
-    Half of the pairs of a head turn with the row, half with the column; the slowest turns a quarter over the grid, the
-    fastest a quarter from one patch to the next. Tokens that are no patch, ``others`` at the end, are not turned.
+    Half of the pairs of a head are rotated by the row, half by the column: the fastest by pi/2 from one patch to the
+    next, the slowest by pi/4 over the grid. Tokens that are no patch, ``others`` at the end, are not rotated.
     """
     pairs = dim // 4
     span = torch.arange(pairs, dtype=torch.float64) / max(1, pairs - 1)
@@ -87,7 +87,7 @@ def grid_angles(side: int, others: int, dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (channel ``i``, channel ``i + D/2``) of ``x [B, N, H, D]`` by ``angles [N, D/2]``, in fp32."""
+    """Rotate the pairs (channel ``i``, channel ``i + D/2``) of ``x [B, N, H, D]`` by ``angles [N, D/2]``, in fp32."""
     cos, sin = (t.unsqueeze(1) for t in (angles.cos(), angles.sin()))
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
     """Full multi-head self-attention with one fused query-key-value projection.
 
     ``implementation`` is None while training, where ``backend`` says how, else a name that ``ops.attention`` knows.
-    ``angles`` fp32 ``[N, head_dim / 2]``, where given, turn queries and keys by their place (:func:`grid_angles`).
+    ``angles`` fp32 ``[N, head_dim / 2]``, where given, rotate queries and keys by position (:func:`grid_angles`).
     """
 
     backend = REFERENCE

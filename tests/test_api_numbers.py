@@ -91,6 +91,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "from_qwen3": lambda v: ff.SequenceModel.from_qwen3(v),
     "accelerate": lambda v: ff.accelerate(v),
     "accelerate backend": lambda v: ff.accelerate(torch.nn.Linear(2, 2), backend=v),
+    "warmup temperature": lambda v: POLICY.warmup([1], warm=0, rounds=1, temperature=v),
+    "warmup top_k": lambda v: POLICY.warmup([1], warm=0, rounds=1, top_k=v),
     "set_ranges": lambda v: (ff.set_ranges(v), ff.set_ranges(0)),
     "preset": lambda v: ff.FlexLAMConfig.preset(v),
     "from_json": lambda v: ff.FlexLAMConfig.from_json(v),

@@ -24,6 +24,7 @@ from flexlam_fast import cli
 from flexlam_fast.data import collect as collect_module
 from flexlam_fast.evaluate import demo as demo_module
 from flexlam_fast.evaluate import load as load_module
+from flexlam_fast.evaluate import probe as probe_module
 from flexlam_fast.evaluate import rollout as rollout_module
 from flexlam_fast.train import commands as train_module
 
@@ -46,6 +47,12 @@ class Option(NamedTuple):
 STAGES = ("lam", "sequence", "translator", "joint")
 OPTIONS = [
     *(Option("collect", *rest) for rest in (("seed", 0, 999), ("workers", 1, 1024), ("steps", 1, 20_000_000))),
+    Option("collect", "size", 8, 120),
+    *(
+        Option("probe", *rest)
+        for rest in (("labels", 10, 2**31 - 1), ("transitions", 4, 2**31 - 1), ("seeds", 2, 1000))
+    ),
+    Option("probe", "seed", 0, 2**32 - 1001),
     Option("collect", "noise", 0, 1, False),
     Option("collect", "test-fraction", 0, 0.5, False),
     *(Option(play, "seed", 0, 999) for play in ("rollout", "demo")),
@@ -83,7 +90,12 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (demo_module, load_module):
         monkeypatch.setattr(module, "load_policy", lambda *_: ToyPolicy())
     starts = [(collect_module, "EpisodeWriter"), (rollout_module, "play_baselines"), (demo_module, "make_folder")]
-    for owner, name in [*starts, (train_module, "EpisodeStore"), (train_module, "_collect_missing")]:
+    for owner, name in [
+        *starts,
+        (train_module, "EpisodeStore"),
+        (train_module, "_collect_missing"),
+        (probe_module, "load_lam"),
+    ]:
         monkeypatch.setattr(owner, name, never)
     return tmp_path
 
@@ -100,7 +112,7 @@ def refused(arguments: list[str]) -> str:
 
 
 def arguments_of(command: str) -> list[str]:
-    paths = {"collect": ["--output", "o"], "train": ["--data", "d", "--output", "o"]}
+    paths = {"collect": ["--output", "o"], "train": ["--data", "d", "--output", "o"], "probe": ["--data", "d"]}
     return [*command.split(), *paths.get(command.split()[0], [])]
 
 

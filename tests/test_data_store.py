@@ -93,6 +93,14 @@ def test_transitions_never_cross_an_episode(lengths: list[int], shard_frames: in
         np.testing.assert_array_equal(store.take(joined + 1), frames[joined + 1])
 
 
+def test_every_frame_belongs_to_the_episode_that_holds_it(tmp_path: Path) -> None:
+    write(tmp_path / "d", [3, 9, 2, 5])
+    store = EpisodeStore.open(tmp_path / "d")
+    owners = store.episode_of(np.arange(store.num_frames))
+    for number, episode in enumerate(store.episodes):
+        assert np.flatnonzero(owners == number).tolist() == list(range(episode.first, episode.first + episode.frames))
+
+
 def test_transitions_of_some_tasks(tmp_path: Path) -> None:
     write(tmp_path / "set", [5, 20, 2, 9])
     store = EpisodeStore.open(tmp_path / "set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,24 @@ def test_what_fails_or_lacks_something_keeps_nothing_else_from_running(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "LIMIT", 11.0)
+    began = time.monotonic()
+    child = f"import time; time.sleep(11.5); open({str(tmp_path / 'late')!r}, 'w')"
     commands = (
         Command(("-c", "print('one'); raise SystemExit(3)")),
         Command(("-c", "print('two')"), needs=("no_such_package", "json")),
         Command(("-c", "print('three')"), tool=("no-such-tool", "-x")),
         Command(("-c", "import os; print('four', os.environ['SAID'], os.getcwd())"), env={"SAID": "so"}, cwd=tmp_path),
-        Command(("-c", "import time; print('five', flush=True); time.sleep(60)")),
+        Command(
+            (
+                "-c",
+                f"import subprocess, sys; print('five', flush=True); subprocess.run([sys.executable, '-c', {child!r}])",
+            )
+        ),
         Command(("-c", "print('six')")),
     )
     wrong = gpu.run(Stage("toy", 1, "", commands), tmp_path)
+    time.sleep(max(0.0, began + 13 - time.monotonic()))
+    assert not (tmp_path / "late").exists(), "what a program started goes on after it was ended"
     assert [line.partition("command ")[2] for line in wrong[:3]] == [
         "1 of 6: ended with 3",
         "2 of 6: left out, no_such_package is not here",

@@ -156,7 +156,7 @@ def test_replays_equal_runs_while_windows_slide_and_sessions_come_and_go(tempera
 
 @pytest.mark.gpu
 def test_graphs_are_bounded_and_those_that_gave_way_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     policy, plain = (Policy(CFG, device="cuda", graphs=graphed) for graphed in (True, False))
     for t in range(12):
         frame = torch.full((1, 16, 16, 3), 20 * t, dtype=torch.uint8)

@@ -140,7 +140,7 @@ def test_a_copy_keeps_deadlines_as_its_original_does(captures: list[int], way: C
 def test_what_was_warmed_never_gives_way_and_each_drawing_has_its_own_table(
     captures: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     policy = graphed()
     policy.warmup([1, 2, 3, 4], warm=0, rounds=1)
     policy.warmup([2], warm=0, rounds=1, temperature=1.0)

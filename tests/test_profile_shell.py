@@ -54,7 +54,7 @@ def test_the_shell_script_calls_the_tools(tmp_path: Path) -> None:
         assert "--capture-range=cudaProfilerApi --capture-range-end=stop" in line
         assert "--cuda-graph-trace=node" in line
         assert line.endswith(f"--device cuda --batch 1 --budget 16 --decisions 10 {graphs}")
-    assert "--profile-from-start off --graph-profiling node" in called[4]
+    assert "--clock-control none --profile-from-start off --graph-profiling node" in called[4]
     assert "--set full --launch-count 150" in called[4]
     kernels = re.search(r"--kernel-name regex:\^\(([\w|]+)\)\$ ", called[4])
     assert kernels

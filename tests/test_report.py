@@ -217,7 +217,8 @@ def test_demo_refuses_before_it_starts(tmp_path: Path, monkeypatch: pytest.Monke
     from flexlam_fast.policy import Policy
 
     Policy(small_config(128)).save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match="demo: expected a model of square frames .*, got 128x128x3"):
+    sentence = "demo: expected a model of square frames of 8 to 120 pixels and 3 channels, got 128x128x3"
+    with pytest.raises(ConfigError, match=sentence):
         demo(str(tmp_path / "other"), output=tmp_path / "out", budgets=(1,))
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)

@@ -144,6 +144,11 @@ class EpisodeStore:
         ranges = [np.arange(e.first, e.first + e.frames - 1, dtype=np.int64) for e in chosen]
         return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
+    def episode_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the episode, an index of ``episodes``, that each global frame index belongs to."""
+        found: NDArray[np.int64] = np.searchsorted([e.first for e in self.episodes], indices, side="right") - 1
+        return found
+
     def expect_transitions(self, split: str, least: int) -> NDArray[np.int64]:
         """:meth:`transitions` of a split that must have at least so many.
 

@@ -25,9 +25,9 @@ from flexlam_fast.train.translator import choose_labels
 
 FRAMES_RECIPE = Recipe(steps=1500, batch=128, rate=1e-3)
 #: Share of actions that frames must get right beyond the commonest action, to be something to compare with.
-LEAST_SAID = 0.02
+MIN_GAIN = 0.02
 #: Labelled transitions that a probe learns from at least.
-FEWEST = 10
+MIN_LABELS = 10
 #: Words that turn into each other when a transition is played backwards.
 OPPOSITES = {"LEFT": "RIGHT", "FORWARD": "BACKWARD", "UP": "DOWN", "OPEN": "CLOSE"}
 
@@ -53,7 +53,7 @@ class LabelCount(NamedTuple):
         """Which part of what frames say beyond the commonest action the codes alone say; None if that is next to
         nothing."""
         said = self.frames.mean - self.commonest.mean
-        return (self.codes[max(self.codes)].mean - self.commonest.mean) / said if said >= LEAST_SAID else None
+        return (self.codes[max(self.codes)].mean - self.commonest.mean) / said if said >= MIN_GAIN else None
 
 
 class Reversal(NamedTuple):
@@ -107,8 +107,8 @@ def probe_actions(
     if not store.labelled:
         return None
     known = _labelled(store, "train")
-    if known < FEWEST:
-        raise DataError(f"{store.path}: expected at least {FEWEST} labelled train transitions, got {known}")
+    if known < MIN_LABELS:
+        raise DataError(f"{store.path}: expected at least {MIN_LABELS} labelled train transitions, got {known}")
     wanted = sorted({min(n, known) for n in labels})
     judges = pool_of(lam, store, choose_labels(store, "test", min(held_out, _labelled(store, "test")), seed))
     runs: dict[int, list[dict[str, float]]] = {n: [] for n in wanted}
@@ -129,9 +129,7 @@ def probe_actions(
 
 def pool_of(lam: LatentActionModel, store: EpisodeStore, index: NDArray[np.int64], reverse: bool = False) -> Pool:
     """Encode transitions; with ``reverse`` from the later frame to the earlier."""
-    firsts = np.array([episode.first for episode in store.episodes])
-    owners = np.searchsorted(firsts, index, side="right") - 1
-    tasks = torch.tensor([store.tasks.index(store.episodes[i].task) for i in owners])
+    tasks = torch.tensor([store.tasks.index(store.episodes[i].task) for i in store.episode_of(index)])
     device, codes = next(lam.parameters()).device, []
     for rows in np.array_split(index, max(1, len(index) // 256)):
         now, following = (torch.from_numpy(store.take(rows + step)).to(device) for step in (0, 1))

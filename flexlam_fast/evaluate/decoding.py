@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexlam_fast.checks import check_budget, describe
+from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import InputError
 from flexlam_fast.lam import LatentActionModel
 
@@ -58,8 +59,22 @@ def decode_at(lam: LatentActionModel, pairs: Pairs, budgets: Sequence[int], seed
     device = next(lam.parameters()).device
     now, following = pairs.now.to(device), pairs.following.to(device)
     codes = lam.encode(now, following)
-    decoded = []
-    for k in budgets:
-        noise = torch.Generator(device).manual_seed(seed)
-        decoded.append(lam.decode(now, lam.latents(codes, k), generator=noise).cpu())
-    return decoded
+    return [decode_codes(lam, now, codes, k, seed) for k in budgets]
+
+
+@torch.no_grad()
+def decode_codes(lam: LatentActionModel, now: Tensor, codes: Tensor, k: int, seed: int) -> Tensor:
+    """Decode what the first ``k`` of ``codes`` make of ``now``, uint8 ``[B, H, W, C]`` on the host; the same noise for
+    the same ``seed``."""
+    noise = torch.Generator(now.device).manual_seed(seed)
+    return lam.decode(now, lam.latents(codes, k), generator=noise).cpu()
+
+
+def draw_transitions(store: EpisodeStore, least: int, most: int, seed: int) -> NDArray[np.int64]:
+    """Global indices, ascending, of at most ``most`` transitions of the test split, which must have ``least``.
+
+    Raises:
+        DataError: it has fewer.
+    """
+    available = store.expect_transitions("test", least)
+    return np.sort(np.random.default_rng(seed).choice(available, min(most, len(available)), replace=False))

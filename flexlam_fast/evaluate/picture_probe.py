@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flexlam_fast.data.store import EpisodeStore
+from flexlam_fast.evaluate.decoding import decode_codes, draw_transitions
 from flexlam_fast.evaluate.fidelity import change, psnr, ssim
 from flexlam_fast.evaluate.summary import Score, score
 from flexlam_fast.lam import LatentActionModel
@@ -120,10 +121,8 @@ def _share(without: Tensor, with_codes: Tensor) -> Score:
 
 def _chosen(store: EpisodeStore, transitions: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
     """Transitions of the test split, for each another one, and whether all of those are of another episode."""
-    available, random = store.expect_transitions("test", 4), np.random.default_rng(seed)
-    index = np.sort(random.choice(available, min(transitions, len(available)), replace=False))
-    firsts = np.array([episode.first for episode in store.episodes])
-    owners = np.searchsorted(firsts, index, side="right")
+    index, random = draw_transitions(store, 4, transitions, seed), np.random.default_rng([seed, 1])
+    owners = store.episode_of(index)
     others = np.empty_like(index)
     for i, owner in enumerate(owners):
         foreign = index[owners != owner]
@@ -145,15 +144,15 @@ def _guess(
         torch.from_numpy(store.take(rows)).to(device) for rows in (index, index + 1, others, others + 1)
     )
     codes, foreign, cut = lam.encode(now, following), lam.encode(elsewhere, beyond), lam.encode(now, beyond)
-
-    def decoded(code: Tensor, k: int) -> Tensor:
-        noise = torch.Generator(device).manual_seed(seed)
-        return lam.decode(now, lam.latents(code, k), generator=noise).cpu()
-
-    guesses = [now.cpu(), *(decoded(codes, k) for k in budgets), decoded(foreign, most)]
+    guesses = [
+        now.cpu(),
+        *(decode_codes(lam, now, codes, k, seed) for k in budgets),
+        decode_codes(lam, now, foreign, most, seed),
+    ]
     truth, unrelated = following.cpu(), beyond.cpu()
     without, with_codes = (
-        _error(frames, unrelated) for frames in (guesses[1 + list(budgets).index(0)], decoded(cut, most))
+        _error(frames, unrelated)
+        for frames in (guesses[1 + list(budgets).index(0)], decode_codes(lam, now, cut, most, seed))
     )
     return _Guesses(
         torch.stack([psnr(guess, truth) for guess in guesses]),

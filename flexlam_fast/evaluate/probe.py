@@ -17,12 +17,12 @@ from flexlam_fast.checks import check_budget, check_list
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.store import EpisodeStore
 from flexlam_fast.errors import InputError
-from flexlam_fast.evaluate.action_probe import FEWEST, ActionProbe, LabelCount, plain, pool_of, probe_actions
+from flexlam_fast.evaluate.action_probe import MIN_LABELS, ActionProbe, LabelCount, plain, pool_of, probe_actions
 from flexlam_fast.evaluate.decoding import check_budgets
 from flexlam_fast.evaluate.files import make_folder, write
 from flexlam_fast.evaluate.load import load_lam
 from flexlam_fast.evaluate.picture_probe import PictureProbe, probe_pictures
-from flexlam_fast.evaluate.summary import Score
+from flexlam_fast.evaluate.summary import Score, fixed
 from flexlam_fast.lam import LatentActionModel
 from flexlam_fast.train.health import CodebookHealth
 from flexlam_fast.values import check_path
@@ -132,7 +132,7 @@ def probe(
         FlexLAMError: one sentence for whatever cannot be read, written, or has the wrong size.
     """
     check_path("data", data)
-    counts = [check_budget("labels", n, FEWEST, 2**31 - 1) for n in check_list("labels", labels, "integers")]
+    counts = [check_budget("labels", n, MIN_LABELS, 2**31 - 1) for n in check_list("labels", labels, "integers")]
     if not counts:
         raise InputError("labels: expected at least one number, got none")
     check_budget("transitions", transitions, 4, 2**31 - 1)
@@ -202,17 +202,17 @@ def _known(count: LabelCount) -> str:
 def _picture_table(found: PictureProbe) -> str:
     lines = ["| decoded from | PSNR dB, all | SSIM, all | PSNR dB, moving |", "| --- | ---: | ---: | ---: |"]
     for name, quality in found.quality.items():
-        lines.append(f"| {name} | {_pm(quality.psnr, 2)} | {_pm(quality.ssim, 3)} | {_pm(quality.moving, 2)} |")
+        lines.append(f"| {name} | {fixed(quality.psnr, 2)} | {fixed(quality.ssim, 3)} | {fixed(quality.moving, 2)} |")
     return "\n".join(lines) + (
         f"\n\n{found.transitions} held-out transitions, means with 95% intervals; 'moving' is the half that changes "
-        f"most. Own codes over swapped ones: {_pm(found.obeyed, 2)} dB. {_cuts(found.leaked)}"
+        f"most. Own codes over swapped ones: {fixed(found.obeyed, 2)} dB. {_cuts(found.leaked)}"
     )
 
 
 def _cuts(leaked: Score | None) -> str:
     if leaked is None:
         return "The test split is one episode, so there is no cut to another to ask about."
-    return f"At a cut to another episode the codes take away {_pm(leaked, 2)} of the squared error."
+    return f"At a cut to another episode the codes take away {fixed(leaked, 2)} of the squared error."
 
 
 def _action_table(found: ActionProbe) -> str:
@@ -229,9 +229,9 @@ def _action_table(found: ActionProbe) -> str:
     for count in found.counts:
         cells = [count.commonest, count.previous, *(count.codes[k] for k in ks), count.together, count.frames]
         first = f"{count.labels} (all)" if count.every else str(count.labels)
-        lines.append("| " + " | ".join([first, *(_pm(cell, 3) for cell in cells)]) + " |")
+        lines.append("| " + " | ".join([first, *(fixed(cell, 3) for cell in cells)]) + " |")
     last = found.counts[-1]
-    tasks = ", ".join(f"{task} {_pm(value, 2)}" for task, value in last.tasks.items())
+    tasks = ", ".join(f"{task} {fixed(value, 2)}" for task, value in last.tasks.items())
     text = "\n".join(lines) + (
         f"\n\nShare of {found.held_out} held-out actions that are right, evenly over tasks, with 95% intervals over "
         f"draws of labels and networks, or networks alone where those are all labels there are. Codes alone at "
@@ -240,10 +240,6 @@ def _action_table(found: ActionProbe) -> str:
     if found.reversal is not None:
         text += (
             f" Of {found.reversal.transitions} transitions played backwards, codes say the opposite action for "
-            f"{_pm(found.reversal.share, 2)}."
+            f"{fixed(found.reversal.share, 2)}."
         )
     return text
-
-
-def _pm(value: Score, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.ci95:.{digits}f}"

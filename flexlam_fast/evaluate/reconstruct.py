@@ -16,12 +16,12 @@ from tqdm import tqdm
 from flexlam_fast.checks import check_budget
 from flexlam_fast.data.extras import need
 from flexlam_fast.data.store import EpisodeStore
-from flexlam_fast.evaluate.decoding import Pairs, check_budgets, decode_at
+from flexlam_fast.evaluate.decoding import Pairs, check_budgets, decode_at, draw_transitions
 from flexlam_fast.evaluate.fidelity import change, psnr, ssim
 from flexlam_fast.evaluate.files import make_folder, write
 from flexlam_fast.evaluate.load import load_lam
 from flexlam_fast.evaluate.strip import StripRow, pick, save_strip, strip_rows
-from flexlam_fast.evaluate.summary import Score, score
+from flexlam_fast.evaluate.summary import Score, fixed, score
 from flexlam_fast.lam import LatentActionModel
 
 #: Transitions decoded at once.
@@ -75,7 +75,7 @@ class Reconstruction(NamedTuple):
             "| ------------ | -------------: | ------------: | --------------: | ------------: |",
         ]
         for row in self.rows:
-            cells = [_pm(q, d) for part in (row.every, row.moving) for q, d in ((part.psnr, 2), (part.ssim, 3))]
+            cells = [fixed(q, d) for part in (row.every, row.moving) for q, d in ((part.psnr, 2), (part.ssim, 3))]
             widths = (14, 13, 15, 13)
             lines.append(
                 f"| {row.label:<12} | " + " | ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)) + " |"
@@ -155,9 +155,7 @@ def _draw(lam: LatentActionModel, store: EpisodeStore, transitions: int, seed: i
     check_budget("transitions", transitions, FEWEST, 2**31 - 1)
     check_budget("seed", seed, 0, 2**32 - 1)
     store.check_frames(lam.cfg.frame, lam.cfg.channels)
-    available = store.expect_transitions("test", FEWEST)
-    count = min(transitions, len(available))
-    return np.sort(np.random.default_rng(seed).choice(available, count, replace=False))
+    return draw_transitions(store, FEWEST, transitions, seed)
 
 
 def _summarise(values: Tensor, moves: Tensor, budgets: tuple[int, ...], seed: int) -> Reconstruction:
@@ -181,8 +179,7 @@ def _strip(
     seed: int,
 ) -> list[StripRow]:
     """Two transitions of every task, at most eight in all, among those that move."""
-    firsts = np.array([episode.first for episode in store.episodes])
-    tasks = np.array([store.episodes[np.searchsorted(firsts, i, side="right") - 1].task for i in indices])
+    tasks = np.array([store.episodes[i].task for i in store.episode_of(indices)])
     chosen: list[int] = []
     for task in sorted(set(tasks))[:8]:
         mine = np.flatnonzero(tasks == task)
@@ -197,7 +194,3 @@ def _plain(quality: Quality) -> dict[str, Any]:
         name: {"mean": value.mean, "ci95": value.ci95}
         for name, value in (("psnr", quality.psnr), ("ssim", quality.ssim))
     }
-
-
-def _pm(value: Score, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.ci95:.{digits}f}"

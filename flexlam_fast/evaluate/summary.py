@@ -69,6 +69,11 @@ def score(values: Sequence[float]) -> Score:
     return Score(mean, student(n - 1) * math.sqrt(variance / n), tuple(float(v) for v in values))
 
 
+def fixed(value: Score, digits: int) -> str:
+    """Write a mean and its interval with so many digits: ``0.812 ± 0.012``."""
+    return f"{value.mean:.{digits}f} ± {value.ci95:.{digits}f}"
+
+
 def latency(ms: Sequence[float]) -> Latency:
     """Summarise the milliseconds of single decisions.
 

@@ -96,9 +96,7 @@ class LamStage:
         for i in range(8):
             drawn = lam_batch(self.frames, self.test, (self.seed, "lam-test", i), range(self.batch), self.batch)
             batch = to_device(drawn, self.device)
-            found = {"val/loss": lam_loss(self.model, self.frames, batch, self.test_keys).flow}
-            found |= listening(self.model, self.frames, batch, self.test_keys)
-            for name, value in found.items():
+            for name, value in flow_losses(self.model, self.frames, batch, self.test_keys).items():
                 totals[name] = totals.get(name, 0.0) + float(value) / 8
         return totals
 
@@ -107,15 +105,19 @@ class LamStage:
         return {"data": self.store.fingerprint, "seed": self.seed, "batch": self.batch}
 
 
-def listening(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys) -> dict[str, Tensor]:
-    """The flow loss of a batch without codes, with all of each transition's own, and with all of its neighbour's."""
+def flow_losses(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys) -> dict[str, Tensor]:
+    """What a validation says of a batch, which is encoded once: see :meth:`LamStage.validate`."""
     now, following = frames.on_device(batch.frames)
-    tau, noise = _path(model, batch, keys, now[0].numel())
-    none = torch.zeros(len(now), dtype=torch.int64, device=now.device)
+    keep, tau, noise = _drawn(model, batch, keys, now[0].numel())
     z = model.encoder.forward_frames(now, following)
     own = model.bottleneck(z).latents
-    kinds = {"k0": model.bottleneck(z, none).latents, "full": own, "swapped": own.roll(1, 0)}
-    return {f"val/loss_{n}": model.flow_of_frames(now, following, latents, noise, tau) for n, latents in kinds.items()}
+    kinds = {
+        "val/loss": model.bottleneck(z, keep).latents,
+        "val/loss_k0": model.bottleneck(z, torch.zeros_like(keep)).latents,
+        "val/loss_full": own,
+        "val/loss_swapped": own.roll(1, 0),
+    }
+    return {name: model.flow_of_frames(now, following, latents, noise, tau) for name, latents in kinds.items()}
 
 
 def transitions(store: EpisodeStore, split: str, cfg: FlexLAMConfig) -> NDArray[np.int64]:
@@ -139,12 +141,12 @@ def lam_batch(
 def lam_loss(model: LatentActionModel, frames: Frames, batch: LamBatch, keys: LamKeys, peers: Peers = ALONE) -> LamLoss:
     """The loss of a batch on the device, with prefixes, times and noise drawn there."""
     now, following = frames.on_device(batch.frames)
-    keep = sample_prefix(model.cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
-    tau, noise = _path(model, batch, keys, now[0].numel())
+    keep, tau, noise = _drawn(model, batch, keys, now[0].numel())
     return model.loss_of_frames(now, following, keep, noise, tau, peers.mean)
 
 
-def _path(model: LatentActionModel, batch: LamBatch, keys: LamKeys, numbers: int) -> tuple[Tensor, Tensor]:
-    """Flow times ``[B]`` and noise fp32 ``[B, numbers]`` of a batch."""
+def _drawn(model: LatentActionModel, batch: LamBatch, keys: LamKeys, numbers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Retained lengths int64 ``[B]``, flow times ``[B]`` and noise fp32 ``[B, numbers]`` of a batch."""
+    keep = sample_prefix(model.cfg.bottleneck, draw_uniform(keys.keep, batch.streams))
     tau = logit_normal(draw_normal(keys.tau, batch.streams, 1)[:, 0], model.cfg.decoder.tau_mean)
-    return tau, draw_normal(keys.noise, batch.streams, numbers)
+    return keep, tau, draw_normal(keys.noise, batch.streams, numbers)
